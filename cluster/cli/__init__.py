@@ -1,0 +1,1 @@
+"""The command line: the outermost layer. It alone imports the roles, lazily, and nothing imports it."""

@@ -1,0 +1,136 @@
+"""`potluck serve`: a coordinator, and a node on this machine as a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.addresses import split_host_port
+from cluster.cli.display import teller
+from cluster.cli.running import run_until_stopped, stop_with_parent
+from cluster.errors import UsageError
+from cluster.interfaces import host_port
+from cluster.placement import Ask
+from cluster.state_dir import StateDir, default_state_path
+from coordinator.happenings import Happening, Listening, Starting, Tell, Working
+from coordinator.http import listen
+from coordinator.hub import ResolvedModel, resolve_model
+from coordinator.server import Coordinator, ServeOptions, coordinator_state
+from node.supervisor import supervise
+
+_CONTEXT_MIN = 16
+"""Below this no question fits, let alone an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServeCommand:
+    """The options as typed."""
+
+    model: str
+    revision: str | None
+    host: str
+    port: int
+    cluster: str
+    local_node: bool
+    min_nodes: int
+    context: str
+    users: int
+    exclude: tuple[str, ...]
+    peers: tuple[str, ...]
+    mdns: bool
+    cluster_host: str
+    cluster_port: int
+    state: Path | None
+    exit_with: int | None
+    as_json: bool
+
+
+def serve_command(command: ServeCommand) -> int:
+    ask = Ask(parse_context(command.context), command.users, max(1, command.min_nodes))
+    for peer in command.peers:
+        split_host_port(peer)
+    listener = listen(command.host, command.port)
+    url = f"http://{host_port(command.host, listener.getsockname()[1])}"
+    root = command.state or default_state_path()
+    with listener, StateDir(coordinator_state(root)) as state:
+        tell = teller(command.as_json)
+        tell(Starting(url))
+        model = _resolve(command, tell)
+        options = ServeOptions(
+            model=model,
+            http=listener,
+            http_host=command.host,
+            cluster=command.cluster,
+            cluster_host=command.cluster_host,
+            cluster_port=command.cluster_port,
+            min_nodes=command.min_nodes,
+            ask=ask,
+            exclude=command.exclude,
+            peers=command.peers,
+            mdns=command.mdns,
+            state=state,
+        )
+
+        async def work(stop: asyncio.Event) -> None:
+            await _serve(options, command, root, tell, stop)
+
+        return run_until_stopped(work)
+
+
+def parse_context(text: str) -> int | None:
+    """A number of tokens, or None for `auto`."""
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < _CONTEXT_MIN:
+        raise UsageError(
+            f"expected --context auto or a number of tokens such as 8192 (at least {_CONTEXT_MIN}), found {text!r}"
+        )
+    return int(text)
+
+
+def _resolve(command: ServeCommand, tell: Tell) -> ResolvedModel:
+    def on_progress(done_bytes: int, total_bytes: int) -> None:
+        tell(Working(f"downloading {command.model}", done_bytes, total_bytes))
+
+    return resolve_model(command.model, revision=command.revision, progress=on_progress)
+
+
+async def _serve(options: ServeOptions, command: ServeCommand, root: Path, tell: Tell, stop: asyncio.Event) -> None:
+    local: list[asyncio.Task[int]] = []
+
+    def on_happening(happening: Happening) -> None:
+        if stop.is_set():
+            return  # what breaks from now on breaks because everything ends
+        tell(happening)
+        if isinstance(happening, Listening) and command.local_node:
+            # Only now is the port known that the node announces itself to.
+            arguments = local_node_arguments(command, happening.port, root)
+            # It has nothing to say that this screen does not show; its errors go to standard error.
+            node = supervise(arguments, "on this machine", stop, asyncio.subprocess.DEVNULL)
+            local.append(asyncio.create_task(node))
+
+    watching = asyncio.create_task(stop_with_parent(command.exit_with, stop))
+    try:
+        await Coordinator(options, on_happening).run(stop)
+    finally:
+        stop.set()
+        watching.cancel()
+        await asyncio.gather(*local, return_exceptions=True)
+
+
+def local_node_arguments(command: ServeCommand, port: int, root: Path) -> list[str]:
+    """The command line of the node on this machine: a process of its own, so that its crash is not ours."""
+    host = command.cluster_host or "127.0.0.1"
+    arguments = potluck_command("join", "--cluster", command.cluster, "--coordinator", host_port(host, port))
+    arguments += ["--no-mdns", "--state", str(root / "local-node"), "--exit-with", str(os.getpid())]
+    if command.cluster_host:
+        arguments += ["--host", command.cluster_host]
+    return arguments
+
+
+def potluck_command(*arguments: str) -> list[str]:
+    """Run this very installation, whatever `potluck` means on the PATH."""
+    return [sys.executable, "-m", "cluster.cli.main", *arguments]

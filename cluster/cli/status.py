@@ -1,0 +1,90 @@
+"""`potluck status`: the cluster behind an endpoint, for people or as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+
+from cluster.cli.display import layer_bar
+from cluster.cli.endpoint import Endpoint
+from cluster.quantities import format_bytes
+
+
+def status_command(url: str, *, as_json: bool) -> int:
+    status = Endpoint(url).get("/potluck/status")
+    if as_json:
+        sys.stdout.write(json.dumps(status) + "\n")
+        return 0
+    console = Console(highlight=False, soft_wrap=True)
+    for line in status_lines(status):
+        console.print(line, markup=False)
+    return 0
+
+
+def status_lines(status: Mapping[str, Any]) -> list[str]:
+    """The picture as text."""
+    lines = [f"cluster {status['cluster']}: {status['phase']}" + (f" ({status['reason']})" if status["reason"] else "")]
+    if model := status["model"]:
+        lines.append(f"model {model['name']}: {model['architecture']}, {format_bytes(model['bytes'])}")
+    for node in status["nodes"]:
+        memory = node["memory"]
+        stage = "no stage" if node["stage"] is None else f"stage {node['stage']}"
+        lines.append(
+            f"  {node['name']} ({node['backend']} on {node['device']}) {stage}, {node['phase']}, "
+            f"may give the model {format_bytes(memory['budget_bytes'])}, process uses "
+            f"{format_bytes(memory['used_bytes'])} in all, "
+            f"pressure {memory['pressure']}" + (f"; {node['problem']}" if node["problem"] else "")
+        )
+    lines += [f"  {item['who']} is not used: {item['reason']}" for item in status["turned_away"]]
+    lines += plan_table(status)
+    if (load := status["load"]) is not None:
+        lines.append(
+            f"{load['running']} answers running, {load['waiting']} waiting, "
+            f"{load['kv_tokens_reserved']} of {load['kv_tokens']} cache tokens reserved"
+        )
+        lines += time_lines(status)
+    return lines
+
+
+def plan_table(status: Mapping[str, Any]) -> list[str]:
+    """The plan as a bar for each machine; empty before there is one."""
+    plan = status["plan"]
+    if not plan:
+        return []
+    count = plan["stages"][-1]["last_layer"]
+    width = max(len(stage["node"]) for stage in plan["stages"])
+    lines = [f"plan: context {plan['context_tokens']} tokens for {plan['users']} at once"]
+    for stage in plan["stages"]:
+        first, last = stage["first_layer"], stage["last_layer"]
+        taken = stage["weight_bytes"] + stage["kv_bytes"] + stage["workspace_bytes"]
+        lines.append(
+            f"  {stage['node']:<{width}} {stage['backend']:<5} |{layer_bar(first, last, count)}| "
+            f"layers {first}-{last - 1}, {format_bytes(taken)}"
+        )
+    return lines + [f"  {item['node']} is left out: {item['reason']}" for item in plan["left_out"]]
+
+
+def time_lines(status: Mapping[str, Any]) -> list[str]:
+    """Where each token's time went; empty before the first one."""
+    times = status["load"]["token_time"] if status["load"] else None
+    if not times:
+        return []
+    stages = status["plan"]["stages"]
+    width = max(len(stage["node"]) for stage in stages)
+    total = times["total_s"]
+    lines = [f"each token took {total * 1000:.2f} ms (mean of the last {times['steps']}):"]
+    for stage, spent in zip(stages, times["stages"], strict=True):
+        lines.append(_share(f"{stage['node']:<{width}} computing", spent["compute_s"], total))
+    waiting = sum(spent["queue_s"] + spent["receive_s"] for spent in times["stages"])
+    lines.append(_share(f"{'waiting for an engine':<{width + 10}}", waiting, total))
+    lines.append(_share(f"{'on the network':<{width + 10}}", times["hops_s"], total))
+    return lines
+
+
+def _share(label: str, seconds: float, total: float) -> str:
+    share = seconds / total if total else 0.0
+    return f"  {label} {seconds * 1000:7.2f} ms {share:4.0%} {'▇' * round(share * 30)}"

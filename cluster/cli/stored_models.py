@@ -1,0 +1,206 @@
+"""What `potluck models` does with the stores of this machine's nodes, and `pull`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from cluster.errors import ModelError, UserError
+from cluster.models.card import printable
+from cluster.models.checkpoint import open_checkpoint
+from cluster.models.hashing import CountProgress, counting, hash_file
+from cluster.models.manifest import Manifest, build_manifest
+from cluster.quantities import format_bytes
+from cluster.state_dir import StateDir, default_state_path, holder_pid
+from coordinator.hub import ResolvedModel, find_model, resolve_model
+from coordinator.server import coordinator_state
+from node.weights.inventory import StoredModel, checked_bytes, damaged, forget, stored_models
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@.+)?", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_ID_BEGINNING = re.compile(r"[0-9a-f]{6,64}")
+
+
+def list_command(state: Path | None, as_json: bool) -> int:
+    root = state or default_state_path()
+    models = stored_models(root)
+    if as_json:
+        return answer({"models": [_document(model) for model in models]})
+    if not models:
+        say(f"No node's store at or below {root} holds a model yet; nodes fetch what a coordinator serves.")
+    for model in models:
+        document = _document(model)
+        say(
+            f"{document['name']}  {model.store.model[:12]}  {format_bytes(model.size_bytes)}  "
+            f"{document['complete_tensors']} of {document['tensors']} tensors  last used {document['last_used']}  "
+            f"in {model.state}"
+        )
+    return 0
+
+
+def pull_command(text: str, revision: str | None, state: Path | None, as_json: bool) -> int:
+    with progress(f"downloading {text}", as_json) as on_progress:
+        found = resolve_model(text, revision=revision, progress=on_progress)
+    manifest = hashed(found, state, as_json)
+    document = {"folder": str(found.folder), "name": found.name, "revision": found.revision, "id": manifest.id}
+    if as_json:
+        return answer(document)
+    say(f"{found.name} at {found.revision} is in {found.folder}; next: potluck serve {text}")
+    return 0
+
+
+def remove_command(text: str, state: Path | None, as_json: bool) -> int:
+    models = matching(text, state)
+    removed: list[dict[str, object]] = []
+    for model in models:
+        if pid := holder_pid(model.state):
+            raise UserError(f"the node of process {pid} uses {model.state}; stop it first, then remove the model")
+        with StateDir(model.state):
+            model.store.delete()
+        removed.append({"id": model.store.model, "state": str(model.state), "bytes": model.size_bytes})
+    if as_json:
+        return answer({"removed": removed})
+    for model in models:
+        say(f"removed {_name(model)} from {model.state}: {format_bytes(model.size_bytes)}")
+    return 0
+
+
+def verify_command(text: str, state: Path | None, as_json: bool) -> int:
+    try:
+        models = matching(text, state)
+    except ModelError:
+        cached = find_model(text) if _HUB_ID.fullmatch(text) else None
+        if cached is None:
+            raise
+        return _verify_cached(cached, as_json)
+    results: list[dict[str, object]] = []
+    found_damage = False
+    for model in models:
+        total_bytes = checked_bytes(model)
+        with progress(f"reading {_name(model)}", as_json) as on_progress:
+            bad = damaged(model, counting(total_bytes, on_progress))
+        fetched_again = _have_fetched_again(model, bad)
+        found_damage = found_damage or bool(bad)
+        results.append(
+            {"id": model.store.model, "state": str(model.state), "tensors": len(model.complete), "damaged": list(bad)}
+        )
+        if not as_json:
+            say(f"{_name(model)} in {model.state}: {len(model.complete)} tensors read, {len(bad)} damaged")
+            for name in bad:
+                say(f"  damaged: {printable(name)}")
+            if bad:
+                say("  fetched again at the next load" if fetched_again else "  stop the node that uses it, and repeat")
+    if as_json:
+        answer({"verified": results})
+    return int(found_damage)
+
+
+def _verify_cached(cached: ResolvedModel, as_json: bool) -> int:
+    """A model in the hub's cache: its large files are called by their hash there, so nothing else is needed."""
+    blobs = {path.name: path.resolve() for path in sorted(cached.folder.iterdir()) if path.is_file()}
+    hashed_blobs = {name: blob for name, blob in blobs.items() if _SHA256.fullmatch(blob.name)}
+    sizes = {name: blob.stat().st_size for name, blob in hashed_blobs.items()}
+    with progress(f"reading {cached.name}", as_json) as on_progress:
+        advance = counting(sum(sizes.values()), on_progress)
+        found = {name: hash_file(blob, [(0, sizes[name])], None, advance) for name, blob in hashed_blobs.items()}
+    bad = [name for name, blob in hashed_blobs.items() if found[name][0, sizes[name]] != blob.name]
+    if as_json:
+        answer({"verified": [{"folder": str(cached.folder), "files": len(hashed_blobs), "damaged": bad}]})
+    else:
+        say(f"{cached.name} in {cached.folder}: {len(hashed_blobs)} files read, {len(bad)} damaged")
+        for name in bad:
+            say(f"  damaged: {printable(name)}; remove {blobs[name]} and pull the model again")
+    return int(bool(bad))
+
+
+def _have_fetched_again(model: StoredModel, bad: tuple[str, ...]) -> bool:
+    """A running node's journal is its own; it finds out at its next load only what this wrote before it began."""
+    if not bad or holder_pid(model.state) is not None:
+        return False
+    with StateDir(model.state):
+        forget(model, bad)
+    return True
+
+
+def matching(text: str, state: Path | None) -> tuple[StoredModel, ...]:
+    """The stored models that `text` names; ModelError when there is none."""
+    root = state or default_state_path()
+    everything = stored_models(root)
+    models = tuple(model for model in everything if _is_meant(model, text))
+    if not models:
+        known = sorted({_name(model) for model in everything})
+        raise ModelError(
+            f"no node's store at or below {root} holds {text}"
+            + (f"; there is {', '.join(known)}" if known else "")
+            + ". Models in the hub's cache are shared with other programs: see `hf cache`"
+        )
+    return models
+
+
+def _is_meant(model: StoredModel, text: str) -> bool:
+    if _ID_BEGINNING.fullmatch(text) and model.store.model.startswith(text):
+        return True
+    return model.manifest is not None and text in (model.manifest.name, model.manifest.source)
+
+
+def hashed(found: ResolvedModel, state: Path | None, as_json: bool) -> Manifest:
+    """The model's manifest. The coordinator's memory of hashes is used and filled."""
+    cache = coordinator_state(state or default_state_path()) / "hashes"
+    with progress(f"hashing {found.name}", as_json) as on_progress:
+        return build_manifest(
+            open_checkpoint(found.folder),
+            name=found.name,
+            revision=found.revision,
+            source=found.source,
+            cache=cache,
+            progress=on_progress,
+        )
+
+
+def _name(model: StoredModel) -> str:
+    return printable(model.manifest.name) if model.manifest else model.store.model[:12]
+
+
+def _document(model: StoredModel) -> Mapping[str, object]:
+    used_ns = model.store.last_used_ns()
+    return {
+        "name": _name(model),
+        "id": model.store.model,
+        "revision": model.manifest.revision if model.manifest else "",
+        "bytes": model.size_bytes,
+        "tensors": len(model.manifest.tensors) if model.manifest else 0,
+        "complete_tensors": len(model.complete),
+        "last_used": datetime.fromtimestamp(used_ns // 10**9, UTC).isoformat() if used_ns else "never",
+        "state": str(model.state),
+        "damaged": model.manifest is None,
+    }
+
+
+# -- Output ----------------------------------------------------------------------------------------------
+
+
+def say(line: str) -> None:
+    Console(highlight=False, soft_wrap=True).print(line, markup=False)
+
+
+def answer(document: Mapping[str, object]) -> int:
+    sys.stdout.write(json.dumps(document) + "\n")
+    return 0
+
+
+@contextlib.contextmanager
+def progress(what: str, as_json: bool) -> Iterator[CountProgress]:
+    """A bar on standard error, where that is a terminal and no script is reading."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True, disable=as_json or not console.is_terminal) as bars:
+        task = bars.add_task(what, total=None)
+        yield lambda done_bytes, total_bytes: bars.update(task, completed=done_bytes, total=total_bytes)

@@ -1,0 +1,116 @@
+"""Every limit of the system, with its unit, who legitimately needs how much, and whom it stops.
+
+Relations between limits are asserted at the bottom, so that changing one cannot silently break another.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from cluster.quantities import KIB, MIB
+
+# -- Wire ------------------------------------------------------------------------------------------------
+
+PROTOCOL_VERSION: Final = 1
+"""Raised whenever a frame or control message changes meaning; both sides must agree exactly."""
+
+FRAME_PAYLOAD_BYTES_MAX: Final = 1 * MIB
+"""Tensor bytes in one message. A decode row needs 4 to 16 KiB; larger messages stall the event loop for
+milliseconds (4 MiB: 5 to 10 ms measured), so a long prefill travels as several."""
+
+FRAME_HEADER_BYTES_MAX: Final = 256 * KIB
+"""The msgpack header: rows and their token ids. 2,048 tokens and 256 rows take about 40 KiB."""
+
+GRPC_MESSAGE_BYTES_MAX: Final = FRAME_PAYLOAD_BYTES_MAX + FRAME_HEADER_BYTES_MAX + 4 * KIB
+"""gRPC refuses anything longer before it is parsed, on both sides."""
+
+STEP_TOKENS_MAX: Final = 2048
+"""Tokens in one step over all rows. Bounds workspace memory, and with it what a frame may claim to hold."""
+
+STEP_ROWS_MAX: Final = 256
+"""Rows in one step: more concurrent decoding sequences than LAN machines can serve."""
+
+STEP_VERBS_MAX: Final = 1024
+"""Cache verbs in one step: a burst of cancels drops every sequence at once."""
+
+SEQUENCES_MAX: Final = 256
+"""Live sequences in a deployment, bounding the nodes' bookkeeping."""
+
+# -- Weights ---------------------------------------------------------------------------------------------
+
+WEIGHT_CHUNK_BYTES: Final = 1 * MIB
+"""One message of a weight transfer: large enough to fill a 10 Gbit/s link, small enough to cancel quickly."""
+
+SAFETENSORS_HEADER_BYTES_MAX: Final = 100 * MIB
+"""The format's own limit on its JSON header; a lying length above it is refused before any allocation."""
+
+CONFIG_BYTES_MAX: Final = 4 * MIB
+"""A model's config.json. Most take a few KiB; per-layer quantisation tables reach some hundred."""
+
+INDEX_BYTES_MAX: Final = 64 * MIB
+"""A model.safetensors.index.json names every tensor once: 100,000 tensors take about 10 MiB."""
+
+MANIFEST_BYTES_MAX: Final = 64 * MIB
+"""A manifest lists every tensor: a model of 100,000 tensors takes about 20 MiB."""
+
+# -- Requests --------------------------------------------------------------------------------------------
+
+HTTP_BODY_BYTES_MAX: Final = 16 * MIB
+"""A request's body, refused while it arrives. A million-token prompt is about 5 MiB of text."""
+
+HTTP_BODY_TIMEOUT_S: Final = 60.0
+"""A request's body, from its headers to its last byte: the largest one at 2.5 Mbit/s. Stops clients that drip."""
+
+CHOICES_MAX: Final = 16
+"""`n` times the number of prompts of one request; each choice is a sequence of its own."""
+
+STOPS_MAX: Final = 16
+"""Stop strings of one request (OpenAI allows 4; local clients use more)."""
+
+STOP_CHARS_MAX: Final = 512
+"""Characters of one stop string; this much text may be held back before it is streamed."""
+
+QUEUED_REQUESTS_MAX: Final = 128
+"""Requests waiting for KV room; the next one gets 429. At 10 s an answer nobody waits for the 129th."""
+
+# -- Discovery -------------------------------------------------------------------------------------------
+
+NAME_BYTES_MAX: Final = 63
+"""A node's or cluster's name in UTF-8: what one DNS label holds. Hostnames obey the same limit."""
+
+SIGHTINGS_MAX: Final = 256
+"""Advertisements followed at once. A LAN has tens of nodes; anyone on it can forge thousands."""
+
+SIGHTING_ADDRESSES_MAX: Final = 16
+"""Addresses kept of one advertisement: a machine with four cards has about twelve."""
+
+# -- Time ------------------------------------------------------------------------------------------------
+
+CONTROL_TIMEOUT_S: Final = 5.0
+"""A unary control call on a LAN takes milliseconds; a machine that needs longer is suspect."""
+
+STEP_TIMEOUT_S: Final = 60.0
+"""A step of 2,048 tokens through a large model on a slow machine takes tens of seconds; beyond this it is stuck."""
+
+FIRST_STEP_TIMEOUT_S: Final = 180.0
+"""The first step after a load compiles kernels and touches every page of the weights."""
+
+LOAD_STALL_TIMEOUT_S: Final = 60.0
+"""Loading must report progress this often: a disk or link that moves nothing for a minute is broken."""
+
+HEARTBEAT_INTERVAL_S: Final = 0.5
+HEARTBEAT_LOST_S: Final = 3.0
+"""Six missed beats make a loss; a 1.2 s freeze must not evict a healthy laptop."""
+
+LEASE_TTL_S: Final = 10.0
+"""A node serves nobody else until this long after its coordinator was last heard."""
+
+KEEPALIVE_TIME_S: Final = 2.0
+KEEPALIVE_TIMEOUT_S: Final = 2.0
+"""gRPC pings; with grpc.http2.ping_timeout_ms set as well they notice a frozen peer (1.7 s measured at 1 s)."""
+
+assert FRAME_PAYLOAD_BYTES_MAX + FRAME_HEADER_BYTES_MAX < GRPC_MESSAGE_BYTES_MAX
+assert WEIGHT_CHUNK_BYTES <= FRAME_PAYLOAD_BYTES_MAX
+assert HEARTBEAT_INTERVAL_S * 3 < HEARTBEAT_LOST_S < LEASE_TTL_S
+assert STEP_ROWS_MAX <= STEP_TOKENS_MAX and SEQUENCES_MAX <= STEP_VERBS_MAX
+assert STEP_TIMEOUT_S < FIRST_STEP_TIMEOUT_S

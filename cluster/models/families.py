@@ -1,0 +1,235 @@
+"""The model families that Potluck runs, and what it must know of each beyond the files.
+
+Owns: the one table keyed by `model_type`. A row says which engines compute the family exactly in tests; a family
+without one is refused by name, because a model that loads and is subtly wrong is worse than one that does not load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cluster.errors import ModelError
+from cluster.models.family import Attention, Family, States
+from cluster.types import Backend
+
+_BOTH = frozenset(Backend)
+_TORCH = frozenset({Backend.TORCH})
+
+_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+_QK_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
+_AROUND_MLP_NORMS = ("pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight")
+_AFTER_NORMS = ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
+
+# The outer configuration of Gemma 3 on the hub leaves out whatever equals the first release's text model.
+_GEMMA3_DEFAULTS = {
+    "vocab_size": 262_208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 131_072,
+}
+_GEMMA3_REFUSED = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
+
+_DELTA_RULE = States("linear_attn.", "linear_attn.conv1d.weight", has_matrix=True)
+_SHORT_CONVOLUTION = States("conv.", "conv.conv.weight", has_matrix=False)
+
+_FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("llama", "Llama", _BOTH, _NORMS),
+        Family("qwen3", "Qwen3", _BOTH, _NORMS + _QK_NORMS, head_dim=128),
+        # Its configuration has no head_dim of its own in transformers, so silence means hidden size / heads.
+        Family("qwen3_moe", "Qwen3 MoE", _BOTH, _NORMS + _QK_NORMS, router="mlp.gate.weight"),
+        Family(
+            "gemma3_text",
+            "Gemma 3 (text)",
+            _BOTH,
+            _NORMS + _QK_NORMS + _AROUND_MLP_NORMS,
+            head_dim=256,
+            has_windows=True,
+            refused=_GEMMA3_REFUSED,
+            defaults=_GEMMA3_DEFAULTS,
+        ),
+        # Windows are for all layers or, since version 0.2, for none.
+        Family("mistral", "Mistral", _BOTH, _NORMS, has_windows=True),
+        Family("qwen2", "Qwen2", _BOTH, _NORMS),
+        Family("olmo2", "OLMo 2", _BOTH, _AFTER_NORMS + _QK_NORMS),
+        Family("olmo3", "OLMo 3", _BOTH, _AFTER_NORMS + _QK_NORMS, has_windows=True),
+        # Queries, keys and values are one matrix, gate and up another.
+        Family(
+            "phi3",
+            "Phi-3",
+            _BOTH,
+            _NORMS,
+            attention=Attention.FUSED,
+            dense_mlp=("mlp.gate_up_proj.weight", "mlp.down_proj.weight"),
+            has_windows=True,
+        ),
+        Family(
+            "gemma2",
+            "Gemma 2",
+            _BOTH,
+            _NORMS + _AROUND_MLP_NORMS,
+            head_dim=256,
+            has_windows=True,
+            writes_scores=True,
+            refused=("use_bidirectional_attention",),
+        ),
+        # Every layer has experts, as wide as `intermediate_size`, and a sink for each head.
+        Family(
+            "gpt_oss",
+            "gpt-oss",
+            _BOTH,
+            (*_NORMS, "self_attn.sinks"),
+            router="mlp.router.weight",
+            expert_width="intermediate_size",
+            head_dim=64,
+            has_windows=True,
+            writes_scores=True,
+        ),
+        # The first layers are dense. Behind the last one lies a layer that predicts a token further.
+        Family(
+            "deepseek_v3",
+            "DeepSeek-V3",
+            _BOTH,
+            (*_NORMS, "self_attn.kv_a_layernorm.weight"),
+            attention=Attention.LATENT,
+            router="mlp.gate.weight",
+            extra_layers="num_nextn_predict_layers",
+        ),
+        # The small ones also have an input to each layer that follows from the token, and layers that attend to the
+        # keys of others; no engine computes these yet.
+        Family(
+            "gemma4_text",
+            "Gemma 4 (text)",
+            _TORCH,
+            _NORMS + _AROUND_MLP_NORMS,
+            attention=Attention.VARIED,
+            attention_norms=_QK_NORMS,
+            router="router.proj.weight",
+            experts_switch="enable_moe_block",
+            head_dim=256,
+            has_windows=True,
+            refused=("hidden_size_per_layer_input", "num_kv_shared_layers"),
+        ),
+        # Three of four layers are gated delta rules.
+        Family(
+            "qwen3_next",
+            "Qwen3-Next",
+            _BOTH,
+            _NORMS,
+            attention_norms=_QK_NORMS,
+            router="mlp.gate.weight",
+            head_dim=256,
+            states=_DELTA_RULE,
+            gated_queries=True,
+        ),
+        Family(
+            "qwen3_5_text",
+            "Qwen3.5 (text)",
+            _BOTH,
+            _NORMS,
+            attention_norms=_QK_NORMS,
+            head_dim=256,
+            states=_DELTA_RULE,
+            gated_queries=True,
+        ),
+        # Every layer has experts, and its configurations give no width of a dense MLP.
+        Family(
+            "qwen3_5_moe_text",
+            "Qwen3.5 MoE (text)",
+            _TORCH,
+            _NORMS,
+            attention_norms=_QK_NORMS,
+            router="mlp.gate.weight",
+            head_dim=256,
+            states=_DELTA_RULE,
+            gated_queries=True,
+        ),
+        # Most layers are convolutions over three tokens.
+        Family(
+            "lfm2",
+            "LFM2",
+            _BOTH,
+            ("operator_norm.weight", "ffn_norm.weight"),
+            attention_norms=("self_attn.q_layernorm.weight", "self_attn.k_layernorm.weight"),
+            attention=Attention.OUT,
+            dense_mlp=("feed_forward.w1.weight", "feed_forward.w2.weight", "feed_forward.w3.weight"),
+            states=_SHORT_CONVOLUTION,
+        ),
+    )
+}
+# A wrapper's own model type, and the one that its text_config has to have.
+_WRAPPERS = {
+    "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+}
+
+# `longrope` has two sets of rotations, for short and for long sequences. transformers changes from one to the other,
+# and computes the sequence again, when its length passes the original context; mlx-lm always uses the long ones, unless
+# it is given the short ones for them. So sequences end there.
+_LONG_ROPE = ("longrope", "su")
+
+
+def family_of(config: Mapping[str, object], where: str) -> tuple[Family, Mapping[str, object]]:
+    """The family, and the configuration of the text model: the nested one of a vision-language checkpoint."""
+    model_type = config.get("model_type")
+    text_config: Mapping[str, object] = config
+    if isinstance(model_type, str) and model_type in _WRAPPERS:
+        nested = config.get("text_config")
+        if not isinstance(nested, dict):
+            raise ModelError(f"{where}: expected text_config in a {model_type} configuration, found none")
+        text_config, model_type = nested, nested.get("model_type", _WRAPPERS[model_type])
+    family = _FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        supported = ", ".join(f"{known.title} ({known.model_type})" for known in _FAMILIES.values() if known.engines)
+        raise ModelError(
+            f"{where}: the architecture {architecture_of(config)!r} (model_type {model_type!r}) is not supported; "
+            f"supported are {supported}"
+        )
+    _refuse_settings(family, text_config, where)
+    return family, text_config
+
+
+def engines_for(family: Family, config: Mapping[str, object]) -> frozenset[Backend]:
+    """The engines that compute a model with the text configuration `config` exactly."""
+    engines = family.engines
+    for setting, able in family.narrowed.items():
+        if config.get(setting):
+            engines &= able
+    return engines
+
+
+def short_context(config: Mapping[str, object]) -> int | None:
+    """How long a sequence may become when its rotations are `longrope`: beyond, another set of them would hold for
+    all of its positions, and what is cached already would be wrong. None for all other rotations."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type")) not in _LONG_ROPE:
+        return None
+    found = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    return found if type(found) is int and found > 0 else None
+
+
+def architecture_of(config: Mapping[str, object]) -> str:
+    """The class name that the configuration gives for the model."""
+    names = config.get("architectures")
+    first = names[0] if isinstance(names, list) and names else config.get("model_type", "unknown")
+    return first if isinstance(first, str) else "unknown"
+
+
+def _refuse_settings(family: Family, config: Mapping[str, object], where: str) -> None:
+    for setting in family.refused:
+        if config.get(setting):
+            raise ModelError(f"{where}: {setting} is {config[setting]!r}; Potluck runs {family.title} only without it")
+    kinds = config.get("layer_types") or []
+    allowed = {"full_attention"}
+    allowed |= {"sliding_attention"} if family.has_windows else set()
+    allowed |= {"conv", "linear_attention"} if family.states else set()
+    unknown = sorted({str(kind) for kind in kinds} - allowed) if isinstance(kinds, list) else ["?"]
+    if unknown or (config.get("use_sliding_window") and not family.has_windows):
+        found = ", ".join(unknown) or "sliding_attention"
+        raise ModelError(
+            f"{where}: expected {family.title} layers of kind {' or '.join(sorted(allowed))}, found {found}; "
+            "Potluck does not run these"
+        )

@@ -1,0 +1,75 @@
+"""What a row of the family table says: the words in which families differ.
+
+Knows no family; the rows are `cluster.models.families`.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from cluster.types import Backend
+
+
+class Attention(enum.Enum):
+    """How a layer's attention is stored, with the tensors that every layer has for it."""
+
+    SEPARATE = tuple(f"self_attn.{projection}_proj.weight" for projection in ("k", "q", "v", "o"))
+    FUSED = ("self_attn.qkv_proj.weight", "self_attn.o_proj.weight")
+    # Keys and values of all heads follow from one small latent for each token, and only that is cached. What makes
+    # them of it is stored whole by transformers and in two parts by mlx-lm, so neither is demanded here.
+    LATENT = ("self_attn.kv_a_proj_with_mqa.weight", "self_attn.o_proj.weight")
+    # Heads of some layers are larger than those of others, and values may be keys before these are rotated.
+    VARIED = tuple(f"self_attn.{name}_proj.weight" for name in ("k", "q", "o"))
+    OUT = tuple(f"self_attn.{name}_proj.weight" for name in ("k", "q", "v", "out"))
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """What every layer has for its attention; the first one's rows show the size of keys."""
+        names: tuple[str, ...] = self.value
+        return names
+
+
+@dataclass(frozen=True, slots=True)
+class States:
+    """Layers that keep a state of fixed size in place of keys and values; a sequence cannot be cut back in them."""
+
+    prefix: str  # of their tensors, by which a layer is known to be one
+    window: str  # the tensor with as many elements as the convolution's last inputs
+    has_matrix: bool  # a gated delta rule's memory, in float32
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What holds for every model of one `model_type`."""
+
+    model_type: str
+    title: str
+    engines: frozenset[Backend]  # that compute it exactly, in tests
+    norms: tuple[str, ...]
+    attention_norms: tuple[str, ...] = ()
+    attention: Attention = Attention.SEPARATE
+    dense_mlp: tuple[str, ...] = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
+    router: str | None = None  # the tensor that chooses experts, in the layers that have them
+    experts_switch: str | None = None  # the setting without which a model of this family has no experts
+    expert_width: str = "moe_intermediate_size"  # the setting for the inner size of one expert
+    head_dim: int | None = None  # when the configuration is silent; None: hidden size / heads
+    has_windows: bool = False  # some layers attend only to the last `sliding_window` positions
+    writes_scores: bool = False  # soft-caps or sinks: no fused attention computes them, so scores take memory
+    states: States | None = None
+    gated_queries: bool = False  # queries come with a gate as wide as they
+    extra_layers: str | None = None  # the setting for layers behind the last that serve training alone
+    refused: tuple[str, ...] = ()  # settings that change the result and that no engine honours
+    narrowed: Mapping[str, frozenset[Backend]] = field(default_factory=dict)  # settings that only some engines honour
+    defaults: Mapping[str, int] = field(default_factory=dict)  # what the family's configurations leave out
+
+    @property
+    def has_experts(self) -> bool:
+        """Some layers choose experts for each token."""
+        return self.router is not None
+
+    @property
+    def layer_tensors(self) -> tuple[str, ...]:
+        """What every layer that attends has besides its MLP."""
+        return self.attention.tensors + self.attention_norms + self.norms

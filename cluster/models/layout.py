@@ -1,0 +1,119 @@
+"""Which tensor belongs to which part of a model, told by its name.
+
+Owns: the naming of the model families that Potluck runs. A stage owns whole parts: layers, and at the ends the
+embedding, or the final norm and the head. Knows nothing of plans, sizes or engines.
+
+Names are `model.embed_tokens.*`, `model.layers.N.*`, `model.norm.*` (LFM2 calls it `embedding_norm`, though it comes
+last) and `lm_head.*`. Vision-language checkpoints put `language_model.` before, between or after
+(`language_model.model.layers.N`, `model.language_model.layers.N`); everything else in them (vision towers, projectors)
+is unused, because Potluck runs the text model alone. Quantised MLX checkpoints add `.scales` and `.biases` beside
+`.weight`; these follow their weight by name.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from cluster.models.checkpoint import Checkpoint, StoredTensor
+from cluster.types import LayerRange
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """Token ids to hidden states; also the head's weights when the head is tied."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A decoder layer."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """The norm after the last layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Hidden states to logits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unused:
+    """Nothing that a text model computes with."""
+
+
+Part = Embedding | Layer | Norm | Head | Unused
+
+# Anchored: a vision tower also has `layers.3.`, behind a prefix of its own.
+_NAME = re.compile(
+    r"(?:(?:model|language_model)\.)*"
+    r"(?:(?P<end>embed_tokens|norm|embedding_norm|lm_head)|layers\.(?P<layer>0|[1-9][0-9]{0,5}))\.(?P<rest>.+)"
+)
+# Old Llama checkpoints store what every engine computes itself.
+_COMPUTED = re.compile(r"(?:.+\.)?rotary_emb\.inv_freq")
+
+
+def part_of(name: str) -> Part:
+    """The part that the tensor called `name` belongs to."""
+    match = _NAME.fullmatch(name)
+    if match is None or _COMPUTED.fullmatch(match["rest"]):
+        return Unused()
+    match match["end"]:
+        case "embed_tokens":
+            return Embedding()
+        case "norm" | "embedding_norm":
+            return Norm()
+        case "lm_head":
+            return Head()
+        case _:
+            return Layer(int(match["layer"]))
+
+
+def within_layer(name: str) -> str:
+    """A layer tensor's name without its layer: `self_attn.q_proj.weight`."""
+    match = _NAME.fullmatch(name)
+    return match["rest"] if match else name
+
+
+def head_is_tied(checkpoint: Checkpoint) -> bool:
+    """Whether the head computes with the embedding's weights.
+
+    The configuration decides; the outer one first, as transformers reads it. One that is silent (families differ
+    in what silence means) is tied exactly when no head is stored. A stored head of a tied model is unused.
+    """
+    inner = checkpoint.config.get("text_config")
+    for config in (checkpoint.config, inner if isinstance(inner, dict) else {}):
+        tied = config.get("tie_word_embeddings")
+        if isinstance(tied, bool):
+            return tied
+    return not any(isinstance(part_of(name), Head) for name in checkpoint.tensors)
+
+
+def owned_tensors(checkpoint: Checkpoint, layers: LayerRange, layer_count: int) -> tuple[StoredTensor, ...]:
+    """The tensors that the stage with `layers` needs, in the order in which they lie in the files.
+
+    The embedding goes with the first layer, and with the last one too when the head is tied; the final norm and
+    the head go with the last layer.
+    """
+    is_first, is_last = layers.first == 0, layers.last == layer_count
+    tied = head_is_tied(checkpoint)
+
+    def owns(part: Part) -> bool:
+        match part:
+            case Embedding():
+                return is_first or (is_last and tied)
+            case Layer(index):
+                return index in layers
+            case Norm():
+                return is_last
+            case Head():
+                return is_last and not tied
+            case Unused():
+                return False
+
+    owned = (tensor for tensor in checkpoint.tensors.values() if owns(part_of(tensor.name)))
+    return tuple(sorted(owned, key=lambda tensor: (tensor.file, tensor.begin, tensor.name)))
