@@ -1,0 +1,123 @@
+"""What a stage must offer, whatever library computes it.
+
+An engine owns a slice of a model and the KV cache of its layers. It knows nothing of plans, neighbours,
+sockets or sampling. Calls come from one thread at a time.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.steps import Boundary, Row
+from cluster.types import Backend, LayerRange, SequenceId, TensorSpec
+
+Logits = npt.NDArray[np.float32]
+"""[rows that draw, vocabulary], in the order of those rows; final soft-caps applied, nothing else."""
+
+
+class Rewind(enum.StrEnum):
+    """Where a sequence can be cut back to."""
+
+    EXACT = "exact"  # any position
+    NONE = "none"  # only to nothing at all
+
+
+@dataclass(frozen=True, slots=True)
+class StageSpec:
+    """Everything an engine needs to hold layers [first, last) of the model in `folder`.
+
+    `folder` looks like the model's own folder: config.json, safetensors files, index. On a machine that
+    fetched only its slice the files are sparse: the header and the owned tensors' bytes are real, the rest
+    reads as zeros. So read owned tensors only.
+    """
+
+    folder: Path
+    layers: LayerRange
+    layer_count: int
+    boundary: tuple[TensorSpec, ...]  # what enters (unless first) and leaves (unless last) this stage, per token
+    device: str  # cpu, cuda:0, mps for torch; cpu, metal for mlx
+    threads: int | None
+    kv_tokens: int  # cache positions promised over all sequences
+    context_tokens: int  # the longest single sequence
+
+    @property
+    def is_first(self) -> bool:
+        return self.layers.first == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.layers.last == self.layer_count
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """How far a load has come; reported at least once a tensor or a few MiB."""
+
+    done_bytes: int
+    total_bytes: int
+
+
+Progress = Callable[[LoadProgress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What the cache holds and may hold, in positions and in bytes as the engine really keeps them."""
+
+    kv_tokens: int
+    kv_tokens_used: int
+    sequences: int
+    weight_bytes: int
+    kv_bytes: int  # allocated now
+
+
+class Engine(Protocol):
+    """A slice of a model with its cache. One instance is loaded once."""
+
+    @property
+    def backend(self) -> Backend: ...
+
+    @property
+    def rewind(self) -> Rewind: ...
+
+    def load(self, spec: StageSpec, progress: Progress) -> None:
+        """Load the slice. Raises ModelError when a tensor is missing, damaged or of the wrong shape, or when
+        the model has a part that this engine cannot compute exactly. Afterwards every owned parameter came
+        from a file and no unowned one exists."""
+        ...
+
+    def step(self, rows: Sequence[Row], inputs: Boundary | None) -> Boundary | Logits:
+        """Compute one ragged batch. `inputs` is None on the first stage, which reads the rows' token ids.
+        Tensors are packed: the rows' tokens one after another along the leading axis. The last stage returns
+        logits after the last token of each row that has a `draw`. Row.start must equal the sequence's cached
+        length (a new sequence starts at 0); otherwise ValueError, and the cache is unchanged."""
+        ...
+
+    def fork(self, src: SequenceId, dst: SequenceId, length: int) -> int:
+        """Begin `dst` as the first `length` positions of `src`; returns the length honoured."""
+        ...
+
+    def trim(self, seq: SequenceId, length: int) -> int:
+        """Cut `seq` back; returns the length honoured."""
+        ...
+
+    def drop(self, seq: SequenceId) -> None:
+        """Free `seq`; unknown ones are ignored."""
+        ...
+
+    def length(self, seq: SequenceId) -> int:
+        """Cached positions of `seq`; 0 when unknown."""
+        ...
+
+    def capacity(self) -> Capacity: ...
+
+    def close(self) -> None:
+        """Free weights and cache; the engine cannot be used afterwards."""
+        ...

@@ -1,0 +1,1 @@
+"""The engines: two implementations of the Engine protocol, chosen by name and imported lazily."""

@@ -1,0 +1,251 @@
+"""The MLX engine: a stage of an `mlx-lm` model behind the Engine protocol.
+
+Rows of one step that bring the same number of tokens share a forward; decode rows all do. What this module owns is
+the order of things: check, build, evaluate once, and only then let the new positions count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import mlx.core as mx
+import numpy as np
+
+from cluster.errors import AtCapacity, ModelError, RequestError
+from cluster.models.checkpoint import open_checkpoint
+from cluster.steps import Boundary, Row
+from cluster.types import Backend, SequenceId
+from node.engine import Capacity, Logits, Progress, Rewind, StageSpec
+from node.engines.mlx.arguments import read_arguments
+from node.engines.mlx.cache import KvCache, Lane
+from node.engines.mlx.device import open_device
+from node.engines.mlx.positions import LayerCache, Positions, StateCache, owned
+from node.engines.mlx.rehearsal import rehearse
+from node.engines.mlx.slicing import Piece, SlicedModel
+from node.engines.mlx.tensors import (
+    MLX_DTYPES,
+    Bits,
+    as_bits,
+    check_inputs,
+    from_bits,
+    host_bits,
+    new_bits,
+    read_bits,
+    to_host,
+)
+from node.engines.mlx.weights import load_slice
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """What a load leaves behind."""
+
+    spec: StageSpec
+    device: mx.Device
+    sliced: SlicedModel
+    cache: KvCache
+    weight_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Forward:
+    """One lane's share of a step: built, not computed."""
+
+    lane: Lane
+    rows: tuple[int, ...]  # of the step, in the lane's order
+    tokens: int
+    drawing: tuple[int, ...]  # of this forward
+    caches: tuple[LayerCache | StateCache, ...]  # of the owned layers
+    result: mx.array  # bits [rows, tokens, hidden], or float32 [drawing rows, vocabulary] on the last stage
+
+
+class MlxEngine:
+    """See `node.engine.Engine`. MLX chooses its threads itself; `StageSpec.threads` has no effect."""
+
+    def __init__(self) -> None:
+        self._loaded: _Loaded | None = None
+
+    @property
+    def backend(self) -> Backend:
+        return Backend.MLX
+
+    @property
+    def rewind(self) -> Rewind:
+        return Rewind.NONE if self._loaded is not None and self._loaded.sliced.has_states else Rewind.EXACT
+
+    def load(self, spec: StageSpec, progress: Progress) -> None:
+        assert self._loaded is None, "an engine is loaded once"
+        if len(spec.boundary) != 1 or spec.boundary[0].dtype not in MLX_DTYPES:
+            raise ModelError(f"the MLX engine passes on one tensor of F32, F16 or BF16, not {spec.boundary}")
+        checkpoint = open_checkpoint(spec.folder)
+        arguments = read_arguments(checkpoint)
+        if arguments.shape.layer_count != spec.layer_count:
+            raise ModelError(f"the plan has {spec.layer_count} layers, config.json {arguments.shape.layer_count}")
+        if spec.boundary[0].shape != (arguments.shape.hidden_size,):
+            raise ModelError(
+                f"the plan's boundary is {spec.boundary[0].shape}, config.json says {arguments.shape.hidden_size}"
+            )
+        exact_tokens = arguments.rotation.exact_tokens
+        if exact_tokens is not None and spec.context_tokens > exact_tokens:
+            raise ModelError(
+                f"the MLX engine rotates sequences of this model exactly up to {exact_tokens} tokens; the plan allows "
+                f"{spec.context_tokens}; ask for a context of {exact_tokens}"
+            )
+        device = open_device(spec.device)
+        with mx.stream(device):
+            sliced, weight_bytes = load_slice(checkpoint, arguments, spec, progress)
+            cache = KvCache(
+                rehearse(sliced, spec),
+                kv_tokens=spec.kv_tokens,
+                context_tokens=spec.context_tokens,
+                padding_bytes_max=weight_bytes,
+                rewinds=not sliced.has_states,
+            )
+        self._loaded = _Loaded(spec, device, sliced, cache, weight_bytes)
+
+    def step(self, rows: Sequence[Row], inputs: Boundary | None) -> Boundary | Logits:
+        loaded = self._require()
+        _check(loaded, rows, inputs)
+        with mx.stream(loaded.device):
+            try:
+                forwards = _build(loaded, rows, inputs)
+                _compute(loaded, forwards)
+            finally:
+                loaded.cache.forget_uncommitted()
+            return _logits(loaded, rows, forwards) if loaded.spec.is_last else _boundary(loaded, rows, forwards)
+
+    def fork(self, src: SequenceId, dst: SequenceId, length: int) -> int:
+        loaded = self._require()
+        with mx.stream(loaded.device):
+            return loaded.cache.fork(src, dst, length)
+
+    def trim(self, seq: SequenceId, length: int) -> int:
+        return self._require().cache.trim(seq, length)
+
+    def drop(self, seq: SequenceId) -> None:
+        self._require().cache.drop(seq)
+
+    def length(self, seq: SequenceId) -> int:
+        return self._require().cache.length(seq)
+
+    def capacity(self) -> Capacity:
+        loaded = self._require()
+        cache = loaded.cache
+        return Capacity(cache.kv_tokens, cache.used_tokens, len(cache), loaded.weight_bytes, cache.allocated_bytes)
+
+    def close(self) -> None:
+        self._loaded = None
+        mx.clear_cache()
+
+    def _require(self) -> _Loaded:
+        assert self._loaded is not None, "the engine is not loaded, or closed"
+        return self._loaded
+
+
+def _check(loaded: _Loaded, rows: Sequence[Row], inputs: Boundary | None) -> None:
+    """Raise before anything is computed: the cache has to stay as it is when a step is refused."""
+    spec, cache = loaded.spec, loaded.cache
+    if len({row.seq for row in rows}) != len(rows):
+        raise ValueError("a sequence has two rows in one step")
+    for row in rows:
+        if not row.tokens or row.start != cache.length(row.seq):
+            raise ValueError(
+                f"sequence {row.seq} has {cache.length(row.seq)} cached positions; "
+                f"found a row of {len(row.tokens)} tokens from {row.start}"
+            )
+        if row.end > spec.context_tokens:
+            raise RequestError(f"sequence {row.seq} reaches {row.end} tokens; the plan allows {spec.context_tokens}")
+        if row.adapter is not None:
+            raise ValueError(f"adapter {row.adapter} is not supported by the MLX engine")
+        if spec.is_first and not 0 <= min(row.tokens) <= max(row.tokens) < loaded.sliced.vocab_size:
+            raise ValueError(f"sequence {row.seq} has a token id outside the vocabulary of {loaded.sliced.vocab_size}")
+    tokens = sum(len(row.tokens) for row in rows)
+    if cache.used_tokens + tokens > cache.kv_tokens:
+        raise AtCapacity(
+            f"the cache holds {cache.used_tokens} of {cache.kv_tokens} positions; {tokens} more do not fit",
+            retry_after_s=1.0,
+        )
+    check_inputs(inputs, () if spec.is_first else spec.boundary, tokens)
+
+
+def _build(loaded: _Loaded, rows: Sequence[Row], inputs: Boundary | None) -> list[_Forward]:
+    """Every lane's forward as a graph. What the cache holds has not changed yet."""
+    index_of = {row.seq: index for index, row in enumerate(rows)}
+    begins = _begins(rows)
+    entering = host_bits(inputs[0]) if inputs else None
+    forwards = []
+    for lane in loaded.cache.lanes_for({row.seq: len(row.tokens) for row in rows}):
+        indices = tuple(index_of[seq] for seq in lane.live)
+        forwards.append(_forward(loaded, lane, indices, rows, begins, entering))
+    return forwards
+
+
+def _forward(
+    loaded: _Loaded,
+    lane: Lane,
+    indices: tuple[int, ...],
+    rows: Sequence[Row],
+    begins: Sequence[int],
+    entering: Bits | None,
+) -> _Forward:
+    sliced, spec = loaded.sliced, loaded.spec
+    tokens = len(rows[indices[0]].tokens)
+    positions = Positions([rows[index].start for index in indices], tokens)
+    caches = tuple(owned(positions, sliced.kinds[layer], lane.stored(slot)) for slot, layer in enumerate(spec.layers))
+    drawing = tuple(place for place, index in enumerate(indices) if rows[index].draw is not None)
+    hidden = None
+    if entering is not None:
+        parts = [entering[begins[index] : begins[index] + tokens] for index in indices]
+        hidden = from_bits(np.stack(parts), spec.boundary[0].dtype)
+    ids = mx.array([rows[index].tokens for index in indices], mx.int32)
+    output = sliced.forward(Piece(ids, hidden, drawing), sliced.caches(positions, caches))
+    result = output.astype(mx.float32) if spec.is_last else as_bits(output)
+    return _Forward(lane, indices, tokens, drawing, caches, result)
+
+
+def _compute(loaded: _Loaded, forwards: Sequence[_Forward]) -> None:
+    """Evaluate the step, and let its positions count."""
+    wanted = [forward.result for forward in forwards if not loaded.spec.is_last or forward.drawing]
+    for forward in forwards:
+        for slot, cache in enumerate(forward.caches):
+            forward.lane.store(slot, *cache.arrays)
+            wanted += cache.arrays
+    try:
+        mx.eval(wanted)
+    except BaseException:
+        # The device failed half-way through writing: what these sequences hold cannot be trusted any more.
+        for forward in forwards:
+            for seq in forward.lane.live:
+                loaded.cache.drop(seq)
+        raise
+    for forward in forwards:
+        loaded.cache.commit(forward.lane, forward.tokens)
+
+
+def _begins(rows: Sequence[Row]) -> list[int]:
+    """Where each row's tokens begin in the packed tensors; one more at the end for their number."""
+    return list(accumulate((len(row.tokens) for row in rows), initial=0))
+
+
+def _boundary(loaded: _Loaded, rows: Sequence[Row], forwards: Sequence[_Forward]) -> Boundary:
+    """The forwards' hidden states, packed in the order of the step's rows."""
+    (tensor,) = loaded.spec.boundary
+    begins = _begins(rows)
+    packed = new_bits((begins[-1], *tensor.shape), tensor.dtype)
+    for forward in forwards:
+        for index, hidden in zip(forward.rows, read_bits(forward.result), strict=True):
+            packed[begins[index] : begins[index + 1]] = hidden
+    return (to_host(packed, tensor.dtype),)
+
+
+def _logits(loaded: _Loaded, rows: Sequence[Row], forwards: Sequence[_Forward]) -> Logits:
+    """The forwards' logits in the order of the rows that draw."""
+    order = {index: place for place, index in enumerate(i for i, row in enumerate(rows) if row.draw is not None)}
+    logits = np.empty((len(order), loaded.sliced.vocab_size), np.float32)
+    for forward in forwards:
+        if forward.drawing:
+            places = [order[forward.rows[place]] for place in forward.drawing]
+            logits[places] = np.asarray(forward.result)
+    return logits

@@ -1,0 +1,187 @@
+"""Filling a slice's parameters from safetensors files, one tensor at a time.
+
+MLX reads a file's tensors lazily, so what the stage does not own is never read; each owned tensor is read straight
+into the memory where it stays. Afterwards every parameter came from a file and no unowned one exists. Knows names,
+shapes and bytes; which tensors a stage owns is `cluster.models.layout`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.utils import infer_quant_config
+
+from cluster.errors import ModelError
+from cluster.models.checkpoint import Checkpoint, StoredTensor
+from cluster.models.layout import Embedding, Head, Layer, Norm, owned_tensors, part_of, within_layer
+from cluster.types import DType
+from node.engine import LoadProgress, Progress, StageSpec
+from node.engines.mlx.arguments import Arguments
+from node.engines.mlx.families import MlxFamily
+from node.engines.mlx.slicing import SlicedModel, build_model
+from node.engines.mlx.tensors import MLX_DTYPES
+
+_READABLE = frozenset({DType.F32, DType.F16, DType.BF16, DType.U32, DType.U8})
+"""Parameters, and the packed matrices and scales of MLX's own formats."""
+
+_QUANTIZATION = frozenset({"group_size", "bits", "mode"})
+"""Settings for all layers; other keys of `quantization` name a layer."""
+
+_MXFP4 = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+"""What a configuration of transformers means that names the format and no more."""
+
+
+def load_slice(
+    checkpoint: Checkpoint, arguments: Arguments, spec: StageSpec, progress: Progress
+) -> tuple[SlicedModel, int]:
+    """The stage's part of the model with its weights in memory, and the bytes that they take."""
+    owned = owned_tensors(checkpoint, spec.layers, spec.layer_count)
+    model = build_model(arguments)
+    lazy = _in_order_of_mlx(_lazy_tensors(checkpoint.folder, owned), arguments.family)
+    weights = _sanitised(model, lazy, _witness(checkpoint, arguments.family, lazy))
+    del lazy  # else every expert would outlive the stack that it was copied to
+    sliced = SlicedModel(model, arguments, spec.layers, MLX_DTYPES[spec.boundary[0].dtype])
+    _quantise(model, weights, checkpoint)
+    _check(model, weights, spec)
+    total_bytes = sum(tensor.size_bytes for tensor in owned)
+    _read(model, weights, total_bytes, progress)
+    sliced.seal()
+    # Rotation frequencies are arrays as well, in no file and no parameter; nothing may stay unevaluated, because
+    # MLX would tie it to this thread.
+    mx.eval(model)
+    return sliced, total_bytes
+
+
+def canonical_name(name: str) -> str:
+    """The name that a text model's tensor has when nothing is wrapped around the model."""
+    match part_of(name):
+        case Layer(index):
+            return f"model.layers.{index}.{within_layer(name)}"
+        case Embedding():
+            return f"model.embed_tokens.{within_layer(name)}"
+        case Norm():
+            # LFM2 calls it so, though it comes last; mlx-lm as well.
+            norm = "embedding_norm" if "embedding_norm." in name else "norm"
+            return f"model.{norm}.{within_layer(name)}"
+        case Head():
+            return f"lm_head.{within_layer(name)}"
+        case _:
+            return name
+
+
+def _lazy_tensors(folder: Path, owned: Sequence[StoredTensor]) -> dict[str, mx.array]:
+    lazy: dict[str, mx.array] = {}
+    for file in sorted({tensor.file for tensor in owned}):
+        try:
+            in_file: Any = mx.load(str(folder / file))
+        except (RuntimeError, ValueError, OSError) as error:
+            raise ModelError(f"{folder / file}: MLX cannot read it ({error}); download it again") from error
+        for tensor in owned:
+            if tensor.file == file:
+                if tensor.dtype not in _READABLE:
+                    raise ModelError(f"{tensor.name} is stored as {tensor.dtype}, which the MLX engine does not read")
+                lazy[canonical_name(tensor.name)] = in_file[tensor.name]
+    return lazy
+
+
+def _in_order_of_mlx(lazy: Mapping[str, mx.array], family: MlxFamily) -> dict[str, mx.array]:
+    """The tensors as mlx-lm takes them for granted, still lazily."""
+    ordered: dict[str, mx.array] = {}
+    for name, array in lazy.items():
+        inner = within_layer(name)
+        if inner in family.transposed and array.ndim == 3:
+            ordered[f"{name}.weight"] = array.swapaxes(-1, -2)
+        elif inner in family.raised:
+            wide = array.astype(mx.float32)  # a narrower type would round the differences
+            ordered[name] = wide - mx.minimum(wide.min(), 0)
+        else:
+            ordered[name] = array
+    return ordered
+
+
+def _witness(checkpoint: Checkpoint, family: MlxFamily, lazy: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """A tensor of an unowned layer by which mlx-lm tells how all are stored, where the slice has none: its shape,
+    and zeros that nobody computes."""
+    if family.witness is None or any(within_layer(name) == family.witness for name in lazy):
+        return {}
+    stored = (tensor for tensor in checkpoint.tensors.values() if within_layer(tensor.name) == family.witness)
+    return {canonical_name(tensor.name): mx.zeros(tensor.shape) for tensor in stored}
+
+
+def _sanitised(model: Any, lazy: dict[str, mx.array], witness: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """The tensors as mlx-lm's model wants them. It may rename and stack (experts), still lazily."""
+    if not hasattr(model, "sanitize"):
+        return lazy
+    try:
+        sanitised = dict(model.sanitize({**lazy, **witness}))
+    except (KeyError, ValueError) as error:
+        raise ModelError(f"a tensor that the model needs is missing or has the wrong shape: {error}") from error
+    return {name: array for name, array in sanitised.items() if name not in witness}
+
+
+def _quantise(model: nn.Module, weights: Mapping[str, mx.array], checkpoint: Checkpoint) -> None:
+    """Turn layers whose weights are stored packed into MLX's quantised ones, as the configuration says for each."""
+    stated = checkpoint.config.get("quantization") or checkpoint.config.get("quantization_config")
+    if not stated:
+        return
+    if isinstance(stated, dict) and stated.get("quant_method") == "mxfp4":
+        stated = _MXFP4
+    if not isinstance(stated, dict) or "group_size" not in stated or "bits" not in stated:
+        raise ModelError(f"{checkpoint.folder}: expected quantization with group_size and bits, found {stated!r:.80}")
+    overrides = {canonical_name(f"{path}.weight"): how for path, how in stated.items() if path not in _QUANTIZATION}
+
+    def how(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if not hasattr(module, "to_quantized") or f"{path}.scales" not in weights:
+            return False
+        override = overrides.get(f"{path}.weight", True)
+        # The defaults need not hold for a layer that is not named; its shapes say how it is packed.
+        return infer_quant_config(path, module, weights) if override is True else override
+
+    try:
+        nn.quantize(
+            model,
+            group_size=stated["group_size"],
+            bits=stated["bits"],
+            mode=stated.get("mode", "affine"),
+            class_predicate=how,
+        )
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{checkpoint.folder}: MLX cannot unpack quantization {stated!r:.80}: {error}") from error
+
+
+def _check(model: nn.Module, weights: Mapping[str, mx.array], spec: StageSpec) -> None:
+    """Every parameter has its tensor and every tensor its parameter, alike in shape and kind; all of them owned."""
+    parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    if missing := sorted(parameters.keys() - weights.keys()):
+        raise ModelError(f"no file holds {', '.join(missing[:4])} ({len(missing)} missing); download the model again")
+    if unknown := sorted(weights.keys() - parameters.keys()):
+        raise ModelError(f"the MLX engine has no use for {', '.join(unknown[:4])} ({len(unknown)} such tensors)")
+    for name, parameter in parameters.items():
+        stored = weights[name]
+        if stored.shape != parameter.shape:
+            raise ModelError(f"{name}: expected shape {parameter.shape} by config.json, found {stored.shape}")
+        if mx.issubdtype(stored.dtype, mx.floating) != mx.issubdtype(parameter.dtype, mx.floating):
+            raise ModelError(f"{name}: expected a tensor like {parameter.dtype}, found {stored.dtype}")
+        part = part_of(name)
+        owned = part.index in spec.layers if isinstance(part, Layer) else spec.is_first or spec.is_last
+        assert owned, f"{name} is not of stage {spec.layers}"
+
+
+def _read(model: nn.Module, weights: dict[str, mx.array], total_bytes: int, progress: Progress) -> None:
+    """Read tensor by tensor: a stack of experts is there twice only while that one stack is made."""
+    done_bytes = 0
+    progress(LoadProgress(0, total_bytes))
+    while weights:
+        name, array = weights.popitem()
+        try:
+            mx.eval(array)
+        except (RuntimeError, OSError) as error:
+            raise ModelError(f"{name} cannot be read ({error}); download the model again") from error
+        model.load_weights([(name, array)], strict=False)
+        done_bytes += int(array.nbytes)
+        progress(LoadProgress(min(done_bytes, total_bytes), total_bytes))

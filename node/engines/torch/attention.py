@@ -1,0 +1,204 @@
+"""The attention function that the sliced models call instead of their own.
+
+A step packs the new tokens of many sequences into one row of tokens; here each sequence finds its own part
+again, writes its keys and values into our cache and attends to its own past: causal, within a sliding window
+where the layer has one, with soft-capped scores or attention sinks where it has these. Anything else that a model
+asks of its attention is refused by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from cluster.errors import ModelError
+from node.engines.torch import latent
+from node.engines.torch.kv import LayerState, SequenceCache
+
+NAME = "potluck"
+BATCH_KEYWORD = "potluck_batch"
+
+_QUERIES_MAX = 512
+"""Queries in one call where a mask is needed: the mask has this many rows as wide as the context."""
+
+_SCORES_MAX = 1 << 23
+"""Scores in one call where they are written to memory: some queries, all heads, the whole context."""
+
+_IGNORED = frozenset({"position_ids", "use_cache", "output_attentions", "output_router_logits"})
+"""Keywords that models pass along and that change nothing for a causal decoder (positions are in the queries)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A sequence's part of the packed tokens: [begin, end) of the batch at positions from `start`. `states` are those
+    that the step leaves behind, by layer."""
+
+    begin: int
+    end: int
+    start: int
+    cache: SequenceCache
+    states: dict[int, LayerState] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one step attends to. `attended` lists the layers that came here, for the rehearsal after a load."""
+
+    spans: tuple[Span, ...]
+    attended: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How a layer weighs the past, beside its being causal."""
+
+    window: int | None  # positions that a query sees, its own among them
+    scaling: float | None
+    softcap: float | None = None  # scores are bent to stay between this and its negative
+    sinks: torch.Tensor | None = None  # [heads]: the score of something that is attended to and has no value
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # [1, heads, tokens, head size], rotated already
+    key: torch.Tensor,  # [1, kv heads, tokens, head size]
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **others: object,
+) -> tuple[torch.Tensor, None]:
+    """Attend each sequence of the batch to its own past; returns [1, tokens, heads, head size]."""
+    batch = others.pop(BATCH_KEYWORD)
+    assert isinstance(batch, Batch)
+    refuse_unknown(module, attention_mask, dropout, others)
+    layer = int(module.layer_idx)
+    batch.attended.append(layer)
+    is_latent = latent.is_latent(module)
+    if is_latent:
+        query, key = latent.into_latents(module, query, key, value)
+        value = key[..., :0]  # nothing to cache beside the latents
+    scoring = Scoring(sliding_window, scaling, softcap, s_aux)
+    output = query.new_empty((query.shape[2], query.shape[1], key.shape[3] if is_latent else value.shape[3]))
+    for span in batch.spans:
+        keys, values = span.cache.write(
+            layer, span.start, key[0, :, span.begin : span.end], value[0, :, span.begin : span.end]
+        )
+        queries = query[0, :, span.begin : span.end]
+        rows = _attend_sequence(queries, keys, keys if is_latent else values, span.start, scoring)
+        output[span.begin : span.end] = rows.transpose(0, 1)
+    return (latent.out_of_latents(module, output) if is_latent else output)[None], None
+
+
+def _attend_sequence(
+    query: torch.Tensor,  # [heads, new tokens, head size]
+    keys: torch.Tensor,  # [kv heads, all tokens, head size], the new ones last
+    values: torch.Tensor,
+    start: int,
+    scoring: Scoring,
+) -> torch.Tensor:
+    """One sequence's new tokens, in blocks so that masks and scores stay small; [heads, new tokens, head size]."""
+    heads, new_tokens, _ = query.shape
+    written = scoring.softcap is not None or scoring.sinks is not None
+    attend_block = _attend_written if written else _attend_fused
+    if new_tokens == 1:
+        return attend_block(query, keys, values, start, scoring)
+    size = min(_QUERIES_MAX, max(1, _SCORES_MAX // (heads * keys.shape[1]))) if written else _QUERIES_MAX
+    blocks = []
+    for begin in range(0, new_tokens, size):
+        end = min(begin + size, new_tokens)
+        seen = start + end
+        blocks.append(attend_block(query[:, begin:end], keys[:, :seen], values[:, :seen], start + begin, scoring))
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+
+
+def _attend_fused(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, scoring: Scoring
+) -> torch.Tensor:
+    heads, count, size = query.shape
+    kv_heads, end, _ = keys.shape
+    window, oldest = scoring.window, _oldest(start, scoring.window)
+    keys, values = keys[:, oldest:], values[:, oldest:]
+    group = heads // kv_heads
+    if count == 1:
+        # The heads that share keys become rows of one query, so each key is read once and never repeated.
+        grouped = query.reshape(1, kv_heads, group, size)
+        output = scaled_dot_product_attention(grouped, keys[None], values[None], scale=scoring.scaling)
+        return output.reshape(heads, 1, -1)
+    whole = start == 0 and (window is None or count <= window)
+    result = scaled_dot_product_attention(
+        query.reshape(kv_heads, group, count, size),
+        keys[:, None].expand(-1, group, -1, -1),  # a view: strides of zero
+        values[:, None].expand(-1, group, -1, -1),
+        attn_mask=None if whole else _mask(start, count, oldest, end, window, query.device),
+        is_causal=whole,
+        scale=scoring.scaling,
+    )
+    return result.reshape(heads, count, -1)
+
+
+def _attend_written(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, scoring: Scoring
+) -> torch.Tensor:
+    """The same with scores in memory, in float32: nothing fused computes soft-caps and sinks."""
+    heads, count, size = query.shape
+    kv_heads, end, _ = keys.shape
+    oldest = _oldest(start, scoring.window)
+    keys, values = keys[:, oldest:], values[:, oldest:]
+    scores = (query.reshape(kv_heads, -1, size) @ keys.transpose(1, 2)).float()
+    scores *= size**-0.5 if scoring.scaling is None else scoring.scaling
+    if scoring.softcap is not None:
+        scores.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
+    scores = scores.view(heads, count, -1)
+    if count > 1:
+        scores.masked_fill_(~_mask(start, count, oldest, end, scoring.window, query.device), -torch.inf)
+    largest = scores.amax(dim=-1, keepdim=True)
+    if scoring.sinks is not None:
+        sinks = scoring.sinks.float()[:, None, None]
+        largest = torch.maximum(largest, sinks)
+    total = scores.sub_(largest).exp_().sum(dim=-1, keepdim=True)
+    if scoring.sinks is not None:
+        total += (sinks - largest).exp_()
+    weights = scores.div_(total).to(values.dtype)
+    return (weights.view(kv_heads, -1, weights.shape[2]) @ values).view(heads, count, -1)
+
+
+def _oldest(start: int, window: int | None) -> int:
+    """The first query of a block sees least of the past; nothing in the block sees anything older."""
+    return 0 if window is None else max(0, start - window + 1)
+
+
+def _mask(start: int, count: int, oldest: int, end: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """[queries, keys], true where the query may look."""
+    query_positions = torch.arange(start, start + count, device=device)[:, None]
+    key_positions = torch.arange(oldest, end, device=device)[None]
+    mask = key_positions <= query_positions
+    if window is not None:
+        mask &= key_positions > query_positions - window
+    return mask
+
+
+def refuse_unknown(module: torch.nn.Module, mask: object, dropout: float, others: dict[str, object]) -> None:
+    """Raise ModelError when a layer asks for more than its kind is known to need."""
+    unknown = {name: value for name, value in others.items() if name not in _IGNORED and value is not None}
+    if mask is not None:
+        unknown["attention_mask"] = mask
+    if dropout:
+        unknown["dropout"] = dropout
+    if not getattr(module, "is_causal", True):
+        unknown["is_causal"] = False
+    if unknown:
+        raise ModelError(
+            f"{type(module).__name__} asks its attention for {', '.join(sorted(unknown))}, "
+            "which the torch engine does not compute; use a model without it"
+        )
+
+
+AttentionInterface.register(NAME, attend)

@@ -1,0 +1,201 @@
+"""TorchEngine: a slice of a `transformers` model behind the Engine protocol, on a CPU, a CUDA device or `mps`.
+
+Owns what happens between rows coming in and activations or logits going out. A step is checked completely
+before it starts, and its positions count only once its result is in host memory, so a failed step changes
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cluster.errors import AtCapacity, ModelError, RequestError
+from cluster.models.checkpoint import open_checkpoint
+from cluster.models.layout import owned_tensors
+from cluster.steps import Boundary, Row
+from cluster.types import Backend, SequenceId
+from node.engine import Capacity, Logits, Progress, Rewind, StageSpec
+from node.engines.torch.attention import Batch, Span
+from node.engines.torch.kv import KvCache, SequenceCache
+from node.engines.torch.slicing import SlicedModel, build_slice
+from node.engines.torch.tensors import TORCH_DTYPES, check_inputs, device_from, from_host, to_host
+from node.engines.torch.weights import load_weights
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """What exists from a load to the close."""
+
+    spec: StageSpec
+    sliced: SlicedModel
+    cache: KvCache
+    device: torch.device
+    weight_bytes: int
+
+
+class TorchEngine:
+    """See `node.engine.Engine`."""
+
+    def __init__(self) -> None:
+        self._stage: _Loaded | None = None
+
+    @property
+    def backend(self) -> Backend:
+        return Backend.TORCH
+
+    @property
+    def rewind(self) -> Rewind:
+        return Rewind.NONE if self._stage is not None and self._stage.sliced.has_states else Rewind.EXACT
+
+    @torch.inference_mode()
+    def load(self, spec: StageSpec, progress: Progress) -> None:
+        assert self._stage is None, "an engine is loaded once"
+        device = device_from(spec.device)
+        if spec.threads is not None:
+            torch.set_num_threads(spec.threads)
+        checkpoint = open_checkpoint(spec.folder)
+        sliced = build_slice(checkpoint, spec, _compute_dtype(spec), device)
+        if spec.boundary[0].shape != (sliced.hidden_size,):
+            raise ModelError(f"the plan's boundary is {spec.boundary[0].shape}; config.json says {sliced.hidden_size}")
+        tensors = owned_tensors(checkpoint, spec.layers, spec.layer_count)
+        weight_bytes = load_weights(sliced, spec.folder, tensors, device, progress)
+        cache = KvCache(len(spec.layers), spec.kv_tokens, spec.context_tokens, rewinds=not sliced.has_states)
+        stage = _Loaded(spec, sliced, cache, device, weight_bytes)
+        _rehearse(stage)
+        self._stage = stage
+
+    @torch.inference_mode()
+    def step(self, rows: Sequence[Row], inputs: Boundary | None) -> Boundary | Logits:
+        stage = self._loaded()
+        _check_rows(stage, rows)
+        tokens = sum(len(row.tokens) for row in rows)
+        check_inputs(inputs, () if stage.sliced.is_first else stage.spec.boundary, tokens)
+        spans = _spans(stage, rows)
+        result = _compute(stage, rows, inputs, Batch(spans))
+        for row, span in zip(rows, spans, strict=True):
+            stage.cache.commit(row.seq, span.cache, row.end, span.states)
+        return result
+
+    @torch.inference_mode()
+    def fork(self, src: SequenceId, dst: SequenceId, length: int) -> int:
+        return self._loaded().cache.fork(src, dst, length)
+
+    def trim(self, seq: SequenceId, length: int) -> int:
+        return self._loaded().cache.trim(seq, length)
+
+    def drop(self, seq: SequenceId) -> None:
+        self._loaded().cache.drop(seq)
+
+    def length(self, seq: SequenceId) -> int:
+        return self._loaded().cache.length(seq)
+
+    def capacity(self) -> Capacity:
+        stage = self._loaded()
+        return Capacity(
+            kv_tokens=stage.cache.kv_tokens,
+            kv_tokens_used=stage.cache.used_tokens,
+            sequences=len(stage.cache),
+            weight_bytes=stage.weight_bytes,
+            kv_bytes=stage.cache.allocated_bytes,
+        )
+
+    def close(self) -> None:
+        stage, self._stage = self._stage, None
+        if stage is not None and stage.device.type == "cuda":
+            del stage
+            torch.cuda.empty_cache()
+
+    def _loaded(self) -> _Loaded:
+        if self._stage is None:
+            raise RuntimeError("the engine holds no stage: load one first, and use none after close")
+        return self._stage
+
+
+def _compute_dtype(spec: StageSpec) -> torch.dtype:
+    """The boundary's type, which the plan took from the checkpoint: every stage computes in the same one."""
+    dtype = spec.boundary[0].dtype
+    if len(spec.boundary) != 1 or dtype not in TORCH_DTYPES:
+        raise ModelError(
+            f"the torch engine computes in {', '.join(TORCH_DTYPES)} with one tensor between stages; "
+            f"this model needs {', '.join(f'{tensor.name} as {tensor.dtype}' for tensor in spec.boundary)}"
+        )
+    return TORCH_DTYPES[dtype]
+
+
+def _check_rows(stage: _Loaded, rows: Sequence[Row]) -> None:
+    """Raise before anything is computed: the cache has to stay as it is when a step is refused."""
+    if len({row.seq for row in rows}) != len(rows):
+        raise ValueError("a sequence may have one row in a step; found two")
+    vocabulary = stage.sliced.vocabulary
+    for row in rows:
+        length = stage.cache.length(row.seq)
+        if row.start != length:
+            raise ValueError(f"sequence {row.seq} has {length} cached positions; its row starts at {row.start}")
+        if not row.tokens or min(row.tokens) < 0 or max(row.tokens) >= vocabulary:
+            raise ValueError(f"sequence {row.seq}: expected one or more token ids below {vocabulary}")
+        if row.adapter is not None:
+            raise ValueError(f"sequence {row.seq} asks for adapter {row.adapter}; the torch engine has none")
+        if row.end > stage.spec.context_tokens:
+            raise RequestError(
+                f"sequence {row.seq} reaches {row.end} tokens; the plan allows {stage.spec.context_tokens}"
+            )
+    used = stage.cache.used_tokens + sum(len(row.tokens) for row in rows)
+    if used > stage.cache.kv_tokens:
+        raise AtCapacity(
+            f"the step needs {used} cached positions; there are {stage.cache.kv_tokens}", retry_after_s=1.0
+        )
+
+
+def _spans(stage: _Loaded, rows: Sequence[Row]) -> tuple[Span, ...]:
+    spans, begin = [], 0
+    for row in rows:
+        end = begin + len(row.tokens)
+        spans.append(Span(begin, end, row.start, stage.cache.find_or_new(row.seq)))
+        begin = end
+    return tuple(spans)
+
+
+def _compute(stage: _Loaded, rows: Sequence[Row], inputs: Boundary | None, batch: Batch) -> Boundary | Logits:
+    sliced, spec, device = stage.sliced, stage.spec, stage.device
+    keep = [span.end - 1 for row, span in zip(rows, batch.spans, strict=True) if row.draw is not None]
+    if rows:
+        positions = torch.tensor([p for row in rows for p in range(row.start, row.end)], device=device)
+        if inputs is None:
+            source = torch.tensor([token for row in rows for token in row.tokens], device=device)
+        else:
+            source = from_host(inputs[0], device)
+        if sliced.is_last and keep:
+            logits = sliced.logits(source, positions, batch, torch.tensor(keep, device=device))
+            return np.ascontiguousarray(logits.float().cpu().numpy())
+        hidden = sliced.hidden_states(source, positions, batch)
+    else:
+        hidden = torch.empty((0, sliced.hidden_size), dtype=TORCH_DTYPES[spec.boundary[0].dtype])
+    if sliced.is_last:
+        return np.empty((0, sliced.vocabulary), dtype=np.float32)
+    return (to_host(hidden, spec.boundary[0]),)
+
+
+def _rehearse(stage: _Loaded) -> None:
+    """Compute one token and forget it: a layer whose attention asks for something unknown, or keeps its state
+    anywhere but in our cache, must be found at load, because later it would only be silently wrong."""
+    sliced, layer_count = stage.sliced, len(stage.spec.layers)
+    batch = Batch((Span(0, 1, 0, SequenceCache(layer_count, 1)),))
+    positions = torch.zeros(1, dtype=torch.int64, device=stage.device)
+    if sliced.is_first:
+        source = positions
+    else:
+        dtype = TORCH_DTYPES[stage.spec.boundary[0].dtype]
+        source = torch.zeros((1, sliced.hidden_size), dtype=dtype, device=stage.device)
+    if sliced.is_last:
+        sliced.logits(source, positions, batch, positions)
+    else:
+        sliced.hidden_states(source, positions, batch)
+    if batch.attended != list(range(layer_count)):
+        raise ModelError(
+            f"the torch engine computes layers that attend once each, in order; of {layer_count} layers of "
+            f"{type(sliced.model).__name__} these did: {batch.attended}"
+        )

@@ -1,0 +1,68 @@
+"""What a whole model computes when `transformers` runs it in one process: the truth for `potluck verify`.
+
+Shares nothing with the torch engine: their loading, their attention, their configuration's reading.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from cluster.errors import ModelError
+from cluster.models.facts import ModelFacts
+from cluster.models.layout import Unused, part_of
+from node.comparison import Floats, Trace, drawn_tokens
+from node.engines.torch.tensors import TORCH_DTYPES
+from node.hardware import Device
+
+
+def trace_whole_model(folder: Path, facts: ModelFacts, tokens: tuple[int, ...], device: Device) -> Trace:
+    """Run the model in `folder` on `tokens`, without a cache."""
+    model = _load(folder, facts).to(device.device)
+    layers = list(model.get_decoder().layers)
+    if len(layers) != facts.layer_count:
+        raise ModelError(f"transformers built {len(layers)} layers of this model; its files hold {facts.layer_count}")
+    hidden: list[Floats] = []
+
+    def on_enter(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden.append(_floats(args[0] if args else kwargs["hidden_states"]))
+
+    def on_leave(_: object, __: object, output: Any) -> None:
+        hidden.append(_floats(output if isinstance(output, torch.Tensor) else output[0]))
+
+    layers[0].register_forward_pre_hook(on_enter, with_kwargs=True)
+    for layer in layers:
+        layer.register_forward_hook(on_leave)
+    entering = torch.tensor([tokens], device=device.device)
+    with torch.inference_mode():
+        output = model(input_ids=entering, use_cache=False, logits_to_keep=drawn_tokens(len(tokens)))
+    return Trace(device, tokens, tuple(array[0] for array in hidden), _floats(output.logits)[0])
+
+
+def _load(folder: Path, facts: ModelFacts) -> Any:
+    disable_progress_bar()  # it would write between the command's own lines
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=TORCH_DTYPES[facts.dtype],
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # outside input meets a library that raises whatever it runs into
+        raise ModelError(f"transformers cannot load {folder}, so there is no reference: {error}") from error
+    # What it does not find it fills with random numbers.
+    missing = sorted(name for name in report["missing_keys"] if not isinstance(part_of(name), Unused))
+    if missing:
+        raise ModelError(f"transformers found no {', '.join(missing[:4])} in {folder} ({len(missing)} missing)")
+    return model.eval()
+
+
+def _floats(tensor: torch.Tensor) -> Floats:
+    return np.array(tensor.float().cpu().numpy())

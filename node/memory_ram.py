@@ -1,0 +1,67 @@
+"""The budget of a node that computes in main memory.
+
+The limit of the process's control group counts like the size of the machine, whichever is smaller.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import psutil
+
+from cluster.nodes import MemoryReport
+from cluster.quantities import format_bytes
+from node.memory_budget import RESERVE_FRACTION_DEFAULT, finish, percent, pressure_of_free
+from node.memory_cgroup import CgroupMemory, read_cgroup_memory
+
+_HIGH_FRACTION: Final = 0.10
+_CRITICAL_FRACTION: Final = 0.05
+"""Of all memory, still available. A full budget leaves the reserve of 15 %, so a plan alone never raises these."""
+
+
+@dataclass(frozen=True, slots=True)
+class RamFacts:
+    """Main memory as the kernel counts it."""
+
+    total_bytes: int
+    available_bytes: int
+    cgroup: CgroupMemory | None
+
+
+def read_ram(root: Path = Path("/")) -> RamFacts:
+    """Measure this machine."""
+    memory = psutil.virtual_memory()
+    return RamFacts(memory.total, memory.available, read_cgroup_memory(root))
+
+
+def process_bytes() -> int:
+    """Memory that would come free if this process ended: resident, less the files that it shares with the cache."""
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - getattr(memory, "shared", 0))
+
+
+def ram_report(
+    facts: RamFacts, *, used_bytes: int, cap_bytes: int | None, reserve_fraction: float | None
+) -> MemoryReport:
+    """What is available, plus what this node already uses, less the reserve."""
+    total, available = facts.total_bytes, facts.available_bytes
+    explained = [f"{format_bytes(total)} RAM"]
+    if facts.cgroup is not None and facts.cgroup.limit_bytes < total:
+        total = facts.cgroup.limit_bytes
+        explained.append(f"limited to {format_bytes(total)} by its control group")
+    if facts.cgroup is not None:
+        available = min(available, facts.cgroup.available_bytes)
+    fraction = RESERVE_FRACTION_DEFAULT if reserve_fraction is None else reserve_fraction
+    budget = min(total, available + used_bytes) - int(total * fraction)
+    explained.append(f"{format_bytes(min(total, available + used_bytes))} available")
+    return finish(
+        total_bytes=total,
+        budget_bytes=budget,
+        host_budget_bytes=budget,
+        used_bytes=used_bytes,
+        cap_bytes=cap_bytes,
+        pressure=pressure_of_free(available, int(total * _HIGH_FRACTION), int(total * _CRITICAL_FRACTION)),
+        facts=[*explained, f"{percent(fraction)} kept back"],
+    )

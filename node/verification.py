@@ -1,0 +1,234 @@
+"""Whether stages compute what the whole model computes: each on the reference's own input, each layer alone, and all
+of them chained through their own boundaries.
+
+Owns: feeding the stages and what is compared with what. Engines come from outside; what an error is and how large it
+may be is `node.comparison`. Knows nothing of clusters, options or terminals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from math import inf, isnan
+from pathlib import Path
+
+import numpy as np
+
+from cluster.models.facts import ModelFacts
+from cluster.steps import Boundary, Draw, Row, Sampling
+from cluster.types import Backend, LayerRange, SequenceId
+from node.comparison import Floats, Trace, errors_of, from_host, summary, to_host, tolerance
+from node.engine import Engine, LoadProgress, Logits, StageSpec
+from node.hardware import Device
+
+Create = Callable[[Backend], Engine]
+
+Tell = Callable[[str, int, int], None]
+"""What is being done; how far it is, of how much."""
+
+SEQUENCES = 2
+"""Cached at once: one computes on the reference's input, one on what the stage before sent."""
+
+_FED, _CHAINED = SequenceId(1), SequenceId(2)
+_GREEDY = Draw(Sampling(seed=0, temperature=0.0), prompt_tokens=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Layers, the stage that they belong to, and what computes them."""
+
+    stage: int
+    layers: LayerRange
+    device: Device
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is verified: a model and how it is cut."""
+
+    folder: Path
+    facts: ModelFacts
+    stages: tuple[Part, ...]
+
+    @property
+    def routed(self) -> bool:
+        """It has experts, of which a router chooses some for each token."""
+        return any(layer.streamed_bytes < min(layer.resident_bytes.values()) for layer in self.facts.layers)
+
+    @property
+    def layers(self) -> tuple[Part, ...]:
+        """Every layer alone (or the smallest group that can be cut out), where its stage computes it."""
+        cuts = sorted(self.facts.legal_cuts | {0, self.facts.layer_count})
+        return tuple(
+            Part(stage.stage, LayerRange(first, last), stage.device)
+            for first, last in pairwise(cuts)
+            for stage in self.stages
+            if first in stage.layers
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A part beside the reference."""
+
+    part: Part
+    error: float
+    tolerance: float
+
+    @property
+    def within(self) -> bool:
+        return self.error <= self.tolerance  # never for NaN
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """The logits of all stages together beside the reference's, and the tokens that each would draw. Tokens may
+    differ where the reference holds two of them level within the tolerance."""
+
+    error: float
+    tolerance: float
+    expected_tokens: tuple[int, ...]
+    found_tokens: tuple[int, ...]
+
+    @property
+    def within(self) -> bool:
+        return self.error <= self.tolerance
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Everything that was compared."""
+
+    stages: tuple[Comparison, ...]
+    layers: tuple[Comparison, ...]
+    chain: Chain
+
+    @property
+    def within(self) -> bool:
+        return self.chain.within and all(comparison.within for comparison in (*self.stages, *self.layers))
+
+    @property
+    def worst_layer(self) -> Comparison:
+        """The one farthest beyond its tolerance, or nearest to it."""
+        return max(self.layers, key=lambda layer: inf if isnan(layer.error) else layer.error / layer.tolerance)
+
+
+def verify(subject: Subject, trace: Trace, create: Create, tell: Tell) -> Verdict:
+    """Compare every stage, the chain and every layer with `trace`. One engine is in memory at a time."""
+    run = _Run(subject, trace, create, tell)
+    stages: list[Comparison] = []
+    carried: Sequence[Boundary | Logits | None] = run.nothing
+    for part in subject.stages:
+        with run.engine(part) as engine:
+            stages.append(run.compare(part, engine))
+            carried = run.feed(engine, _CHAINED, carried)
+    chain = run.compare_chain(carried)
+    layers: list[Comparison] = []
+    for part in subject.layers:
+        with run.engine(part) as engine:
+            layers.append(run.compare(part, engine))
+    return Verdict(tuple(stages), tuple(layers), chain)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    subject: Subject
+    trace: Trace
+    create: Create
+    tell: Tell
+
+    @property
+    def pieces(self) -> list[tuple[int, int]]:
+        """How the input arrives, as an answer's does: a prompt in two chunks, then token after token."""
+        tokens = len(self.trace.tokens)
+        drawn_from = tokens - len(self.trace.logits)
+        return list(pairwise(sorted({0, drawn_from // 2, *range(drawn_from, tokens + 1)})))
+
+    @property
+    def nothing(self) -> list[None]:
+        """What enters the first layer beside token ids."""
+        return [None] * len(self.pieces)
+
+    @contextmanager
+    def engine(self, part: Part) -> Iterator[Engine]:
+        facts, tokens = self.subject.facts, len(self.trace.tokens)
+        spec = StageSpec(
+            folder=self.subject.folder,
+            layers=part.layers,
+            layer_count=facts.layer_count,
+            boundary=facts.boundary,
+            device=part.device.device,
+            threads=None,
+            kv_tokens=SEQUENCES * tokens,
+            context_tokens=tokens,
+        )
+
+        what = f"layers {part.layers}" if len(part.layers) > 1 else f"layer {part.layers.first}"
+
+        def on_progress(progress: LoadProgress) -> None:
+            self.tell(f"{what} on {part.device.backend}", progress.done_bytes, progress.total_bytes)
+
+        engine = self.create(part.device.backend)
+        try:
+            engine.load(spec, on_progress)
+            yield engine
+        finally:
+            engine.close()
+
+    def feed(
+        self, engine: Engine, seq: SequenceId, entering: Sequence[Boundary | Logits | None]
+    ) -> list[Boundary | Logits]:
+        """Compute all pieces of the input; what leaves after each."""
+        drawn_from = len(self.trace.tokens) - len(self.trace.logits)
+        leaving = []
+        for (begin, end), inputs in zip(self.pieces, entering, strict=True):
+            assert not isinstance(inputs, np.ndarray), "no stage comes after the logits"
+            row = Row(seq, begin, self.trace.tokens[begin:end], _GREEDY if begin >= drawn_from else None)
+            leaving.append(engine.step([row], inputs))
+        return leaving
+
+    def compare(self, part: Part, engine: Engine) -> Comparison:
+        """Give the part what the reference had where it begins, and see what it makes of it."""
+        layers, hidden, facts = part.layers, self.trace.hidden, self.subject.facts
+        entering: Sequence[Boundary | None] = self.nothing
+        if layers.first > 0:
+            dtype = facts.boundary[0].dtype
+            entering = [(to_host(hidden[layers.first][begin:end], dtype),) for begin, end in self.pieces]
+        leaving = self.feed(engine, _FED, entering)
+        if layers.last == facts.layer_count:
+            error = self.logits_error(_logits(leaving))
+        else:
+            found = np.concatenate([from_host(output[0]) for output in leaving if isinstance(output, tuple)])
+            error = self.summary(errors_of(found, hidden[layers.last], hidden[layers.first : layers.last + 1]))
+        same = part.device == self.trace.device
+        return Comparison(part, error, self.tolerance(len(layers), same=same))
+
+    def compare_chain(self, leaving: Sequence[Boundary | Logits | None]) -> Chain:
+        logits = _logits(leaving)
+        same = all(part.device == self.trace.device for part in self.subject.stages)
+        return Chain(
+            self.logits_error(logits),
+            self.tolerance(self.subject.facts.layer_count, same=same),
+            _likeliest(self.trace.logits),
+            _likeliest(logits),
+        )
+
+    def logits_error(self, logits: Floats) -> float:
+        return self.summary(errors_of(logits, self.trace.logits, [self.trace.logits]))
+
+    def tolerance(self, layers: int, *, same: bool) -> float:
+        return tolerance(self.subject.facts.dtype, layers, same=same, routed=self.subject.routed)
+
+    def summary(self, errors: Floats) -> float:
+        return summary(errors, self.subject.facts.dtype, routed=self.subject.routed)
+
+
+def _logits(leaving: Sequence[Boundary | Logits | None]) -> Floats:
+    """What the last stage answered, of all pieces that draw."""
+    return np.concatenate([output for output in leaving if isinstance(output, np.ndarray)])
+
+
+def _likeliest(logits: Floats) -> tuple[int, ...]:
+    return tuple(int(token) for token in logits.argmax(axis=-1))
