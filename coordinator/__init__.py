@@ -1,0 +1,1 @@
+"""The coordinator: plans, schedules and serves. It computes nothing itself."""

@@ -1,0 +1,250 @@
+"""The coordinator's life: open the model, gather nodes, plan, install, serve; and again when a plan breaks.
+
+Wires the parts together and owns their order. Decisions live in `gathering`, `placement` and `scheduler`;
+this file only carries them out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cluster.errors import LoadFailed, ModelError, NodeLost, PotluckError, UsageError
+from cluster.limits import FIRST_STEP_TIMEOUT_S
+from cluster.models.checkpoint import Checkpoint, open_checkpoint
+from cluster.models.facts import ModelFacts, read_facts
+from cluster.models.manifest import Manifest, build_manifest
+from cluster.nodes import NodeFacts
+from cluster.placement import Ask
+from cluster.plan import Fence, Plan
+from cluster.transport import Credentials
+from cluster.types import DeploymentId, Epoch, HostId, NodeId
+from coordinator.gathering import Wait, decide
+from coordinator.happenings import Interrupted, ModelOpened, Planned, Ready, Tell, Waiting, Working
+from coordinator.hub import ResolvedModel
+from coordinator.install import Source, install
+from coordinator.roster import Roster
+from coordinator.scheduler import Room
+from coordinator.service import InferenceService
+from coordinator.serving import Serving
+
+_RETRY_S = 0.5
+_RETRY_MAX_S = 30.0
+_STEADY_S = 30.0
+"""Between a broken plan and the next: what fails at once must not make the coordinator spin. A node that comes
+or goes ends the wait, since it makes another plan."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenModel:
+    """A model whose files have been read and hashed."""
+
+    resolved: ResolvedModel
+    checkpoint: Checkpoint
+    facts: ModelFacts
+    manifest: Manifest
+
+
+async def open_model(resolved: ResolvedModel, ask: Ask, cache: Path, tell: Tell) -> OpenModel:
+    """Read the headers and hash the files; the hashes are remembered, so that this is long only once."""
+    loop = asyncio.get_running_loop()
+
+    cancelled = threading.Event()
+
+    def on_progress(done_bytes: int, total_bytes: int) -> None:
+        if cancelled.is_set():
+            raise ModelError("reading the model was cancelled")  # ends the thread; nobody sees it
+        loop.call_soon_threadsafe(tell, Working("reading the model", done_bytes, total_bytes))
+
+    checkpoint = await asyncio.to_thread(open_checkpoint, resolved.folder)
+    facts = await asyncio.to_thread(read_facts, checkpoint)
+    if ask.context is not None and ask.context > facts.context_tokens:
+        raise UsageError(
+            f"--context {ask.context} is more than the {facts.context_tokens} tokens that {resolved.name} was made for"
+        )
+    if ask.stages_min > facts.layer_count:
+        raise UsageError(
+            f"{resolved.name} has {facts.layer_count} layers, so at most {facts.layer_count} nodes get one each; "
+            f"--min-nodes asks for {ask.stages_min}"
+        )
+    tell(ModelOpened(resolved.name, facts))
+    try:
+        manifest = await asyncio.to_thread(
+            build_manifest,
+            checkpoint,
+            name=resolved.name,
+            revision=resolved.revision,
+            source=resolved.source,
+            cache=cache,
+            progress=on_progress,
+        )
+    finally:
+        cancelled.set()
+    return OpenModel(resolved, checkpoint, facts, manifest)
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What the person who started the coordinator asked for."""
+
+    ask: Ask
+    min_nodes: int
+    host: HostId  # of the coordinator's machine: a node there makes the best first stage
+
+
+class Controller:
+    """Runs until it is cancelled."""
+
+    def __init__(
+        self,
+        model: OpenModel,
+        wish: Wish,
+        roster: Roster,
+        service: InferenceService,
+        credentials: Credentials,
+        port: int,
+        tell: Tell,
+    ) -> None:
+        self._model = model
+        self._wish = wish
+        self._roster = roster
+        self._service = service
+        self._credentials = credentials
+        self._port = port
+        self._tell = tell
+        self._deployment = DeploymentId(secrets.token_hex(8))
+        self._epoch = 0
+        self.plan: Plan | None = None
+        self.serving: Serving | None = None
+        self._unable: dict[NodeId, float] = {}  # with the moment it had joined: who comes back has another chance
+        self._ready_s: float | None = None  # when the plan in force brought its first token
+
+    async def run(self) -> None:
+        retry_s = _RETRY_S
+        while True:
+            plan = await self._gather()
+            self._ready_s = None
+            try:
+                await self._serve(plan)
+            except PotluckError as error:
+                self._note_unable(error)
+                # Whatever broke this plan, the next one is made from the nodes that are left.
+                self._tell(Interrupted(str(error)))
+                self._service.set_phase("planning", f"the last plan broke: {error}")
+            finally:
+                self.plan = self.serving = None
+            await self._roster.unload_all()
+            # A plan that had served is replaced at once; one that fails again and again, ever more slowly. Without
+            # one of its nodes the next plan is another one, or there is something to wait for and to say.
+            retry_s = _RETRY_S if self._was_steady() else min(retry_s * 2, _RETRY_MAX_S)
+            if all(stage.node in self._roster.members for stage in plan.stages):
+                await self._until_changed(retry_s)
+
+    def _note_unable(self, error: PotluckError) -> None:
+        """A node that could not load its slice is left out of the next plan, if there is one without it."""
+        member = self._roster.members.get(error.node) if isinstance(error, LoadFailed) else None
+        if member is not None:
+            self._unable[member.facts.id] = member.joined_s
+
+    def _was_steady(self) -> bool:
+        return self._ready_s is not None and time.monotonic() - self._ready_s > _STEADY_S
+
+    async def _gather(self) -> Plan:
+        """Wait until the nodes that are here can hold the model."""
+        told = ""
+        while True:
+            self._roster.changed.clear()
+            members = self._roster.members.values()
+            able = [member.facts for member in members if self._unable.get(member.facts.id) != member.joined_s]
+            decision = await self._decide(able)
+            if len(able) < len(members) and not isinstance(decision, Plan):
+                # Without those that could not load their slice there is no plan, so they get another chance.
+                self._unable.clear()
+                decision = await self._decide([member.facts for member in members])
+            if isinstance(decision, Plan):
+                return decision
+            self._service.set_phase("waiting for nodes", decision.reason)
+            if decision.reason != told:
+                self._tell(Waiting(decision.reason))
+                told = decision.reason
+            await self._until_changed(decision.again_s)
+
+    async def _decide(self, nodes: Sequence[NodeFacts]) -> Plan | Wait:
+        # In a thread: working out what would fit instead can take a second on awkward pools.
+        return await asyncio.to_thread(
+            decide,
+            self._model.facts,
+            nodes,
+            self._ask(nodes),
+            min_nodes=self._wish.min_nodes,
+            quiet_s=self._roster.quiet_s,
+        )
+
+    def _ask(self, nodes: Sequence[NodeFacts]) -> Ask:
+        """The coordinator sits beside stage 0 whenever one node shares its machine."""
+        here = [node.id for node in nodes if node.host == self._wish.host]
+        return replace(self._wish.ask, first=here[0]) if len(here) == 1 else self._wish.ask
+
+    async def _until_changed(self, timeout_s: float | None) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._roster.changed.wait()
+        except TimeoutError:
+            return
+
+    async def _serve(self, plan: Plan) -> None:
+        """Install `plan` and serve until it breaks, which raises."""
+        self._epoch += 1
+        fence = Fence(self._deployment, Epoch(self._epoch))
+        self.plan = plan
+        nodes = tuple(member.facts for member in self._roster.members.values())
+        self._tell(Planned(plan, self._model.facts, nodes))
+        self._service.set_phase("loading", "the model is being loaded")
+        facts = self._model.facts
+        folder = str(self._model.resolved.folder.resolve())
+        source = Source(self._model.manifest.id, folder, self._port, facts.vocab_size)
+        pipeline = await install(plan, fence, self._roster.members, source, self._credentials, self._tell)
+        serving = Serving(pipeline, Room(len(plan.stages), plan.kv_tokens, plan.context_tokens))
+        self.serving = serving
+        self._service.begin(serving)
+        work = (serving.run(), self._until_lost(plan), self._prove())
+        tasks = [asyncio.create_task(item) for item in work]
+        try:
+            # The proof ends well by going on for ever, so whatever ends first is a failure.
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        except PotluckError as error:
+            serving.end(str(error))
+            raise
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _prove(self) -> None:
+        """The first real token makes the plan ready; from then on there is nothing more to prove."""
+        took_s = await self._service.prove(FIRST_STEP_TIMEOUT_S)
+        self._ready_s = time.monotonic()
+        self._tell(Ready(took_s))
+        await asyncio.Event().wait()
+
+    async def _until_lost(self, plan: Plan) -> None:
+        """Raises as soon as a node of the plan is gone or says that it cannot go on."""
+        fence = Fence(self._deployment, Epoch(self._epoch))
+        while True:
+            self._roster.changed.clear()
+            for stage in plan.stages:
+                member = self._roster.members.get(stage.node)
+                if member is None:
+                    raise NodeLost(f"stage {stage.index}'s node is gone")
+                beat = member.beat
+                # The latest beat may still tell of the stage that this plan has replaced.
+                if beat is not None and beat.problem and beat.fence == fence:
+                    raise NodeLost(f"{member.facts.name}: {beat.problem}")
+            await self._roster.changed.wait()

@@ -1,0 +1,123 @@
+"""The line between the HTTP API and the scheduler: what is asked for, what comes back, who answers.
+
+Pure values and one Protocol. Text lives on the API's side of this line: templates, stop strings, detokenising. Token
+ids live on the other: end of sequence, max_tokens, min_tokens, room in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from cluster.errors import RequestError
+from cluster.steps import Sampling
+from coordinator.sequence import EndReason
+from coordinator.text.model import TextModel
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One sequence of a request. Choices are numbered through all prompts: the prompt's index times n plus its own."""
+
+    index: int
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    max_tokens: int  # concrete: the context's remainder when the client gave none
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """A request in token ids. The API has checked every value against the served model."""
+
+    id: str
+    prompts: tuple[tuple[int, ...], ...]
+    sampling: Sampling  # the seed is concrete; `choice` is set by `choices`
+    n: int
+    max_tokens: int | None  # None: until the context is full
+    min_tokens: int  # below this the `eos_ids` may not be drawn
+    ignore_eos: bool  # they may be drawn and do not end the choice
+    eos_ids: frozenset[int]
+
+    def choices(self, context_tokens: int) -> Iterator[Choice]:
+        """The sequences to generate. The noise knows a choice's place among the n of its prompt, not its index: a
+        prompt draws the same tokens alone and in a list."""
+        for at, prompt in enumerate(self.prompts):
+            room = context_tokens - len(prompt)
+            limit = room if self.max_tokens is None else self.max_tokens
+            for own in range(self.n):
+                yield Choice(at * self.n + own, prompt, replace(self.sampling, choice=own), limit)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One token, as soon as it is drawn; the end of sequence included."""
+
+    choice: int
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceEnd:
+    """Nothing of this choice follows."""
+
+    choice: int
+    reason: EndReason
+
+
+GenerationEvent = TokenEvent | ChoiceEnd
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What clients may know about the model, and what the API needs to turn text into tokens and back."""
+
+    name: str
+    aliases: frozenset[str]  # other names that clients may use for it
+    created_s: int  # Unix time
+    vocab_size: int  # rows of the embedding: prompt ids are below it
+    context_tokens: int | None  # None until a plan is installed
+    text: TextModel
+
+    def check_name(self, name: str | None) -> None:
+        """A client that names no model means this one."""
+        if name is not None and name != self.name and name not in self.aliases:
+            raise RequestError(
+                f"the model {name[:200]!a} is not served here; {self.name!a} is", field="model", code="model_not_found"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    ok: bool
+    reason: str  # what is missing; empty when ok
+
+
+class Generator(Protocol):
+    """Whoever turns prompts into tokens: the coordinator's service, or a stand-in in tests."""
+
+    def model(self) -> ServedModel | None:
+        """None while the model's files are not here yet."""
+        ...
+
+    def submit(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
+        """Generate every choice. Raises AtCapacity, NotReady or RequestError instead of the first event, and
+        ClusterError whenever the cluster cannot go on. Closing the generator cancels what is left."""
+        ...
+
+    def cancel_choice(self, request_id: str, choice: int) -> None:
+        """The client has all it wants of this choice (a stop string). Events that cross with this are ignored, and
+        its ChoiceEnd need not come. Unknown choices are no error."""
+        ...
+
+    async def ready(self) -> Ready:
+        """Whether a real token comes out of the pipeline."""
+        ...
+
+    def phase(self) -> str:
+        """What the coordinator is doing, in a word or two: waiting for nodes, loading, serving."""
+        ...
+
+    def status(self) -> Mapping[str, object]:
+        """Everything that a status page shows, ready for JSON."""
+        ...

@@ -1,0 +1,241 @@
+"""Downloads the needed files of a model from the Hugging Face hub into that library's own cache.
+
+Small files are huggingface_hub's work. Weights are streamed by `coordinator.hub_stream`, because the library
+begins a broken-off file from zero, and a shard takes many GiB. They become blobs of its cache, which it then
+links: models that other programs downloaded are found here, and theirs there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import shutil
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+# Neither module declares what it re-exports; TransportError is httpx's or httpx2's, whichever the library uses.
+from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+from cluster.errors import ModelError
+from cluster.limits import INDEX_BYTES_MAX
+from cluster.models.card import is_card_file
+from cluster.models.checkpoint import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
+from cluster.models.hashing import Advance, CountProgress, counting
+from cluster.models.manifest import is_small_model_file
+from cluster.models.strict_json import read_object
+from cluster.quantities import format_bytes
+from coordinator.hub_stream import BlobStream, HubFile, part_path
+
+_log = logging.getLogger(__name__)
+
+_TIMEOUT_S = 10.0
+_POLL_S = 0.25
+_FILES_AT_ONCE = 4  # one stream rarely fills a fast line; more only multiply what a break leaves half done
+
+
+def download(
+    repository: str,
+    revision: str | None,
+    progress: CountProgress | None,
+    cancelled: threading.Event,
+) -> tuple[Path, str]:
+    """The folder with the model's needed files, and the commit that `revision` means now."""
+    disable_progress_bars()  # ours is shown instead
+    branch = revision or constants.DEFAULT_REVISION
+    cached = find_cached(repository, branch)
+    if constants.HF_HUB_OFFLINE:
+        if cached is None:
+            raise ModelError(
+                f"{repository} at {branch} is not complete in {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: "
+                "unset it once to download the model"
+            )
+        return cached
+    if cached is not None and cached[1] == branch:
+        return cached  # a commit never changes, so there is nothing to ask
+    try:
+        with explained(repository, branch):
+            commit, files = list_files(repository, branch)
+    except _Unreachable:
+        if cached is None:
+            raise
+        _log.warning("%s cannot be reached; using %s as of commit %s", constants.ENDPOINT, repository, cached[1][:12])
+        return cached
+    with explained(repository, branch):
+        folder = _Download(repository, commit, files, cancelled).run(progress)
+    _remember_revision(repository, branch, commit)
+    return folder, commit
+
+
+def address(repository: str) -> str:
+    """Where a person finds the model."""
+    return f"{constants.ENDPOINT}/{repository}"
+
+
+def find_cached(repository: str, revision: str) -> tuple[Path, str] | None:
+    """The cached snapshot of `revision` and its commit, if the configuration and all weights are there."""
+    config = try_to_load_from_cache(repository, CONFIG_FILE, revision=revision)
+    if not isinstance(config, str):
+        return None
+    folder = Path(config).parent
+    try:
+        weights = weights_of({path.name for path in folder.iterdir()}, folder)
+    except ModelError:
+        return None
+    return (folder, folder.name) if all((folder / name).is_file() for name in weights) else None
+
+
+def list_files(repository: str, revision: str) -> tuple[str, dict[str, HubFile]]:
+    """The commit that `revision` means now, and the files in the repository's top folder."""
+    info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=_TIMEOUT_S)
+    files = {
+        sibling.rfilename: HubFile(sibling.rfilename, sibling.size or 0, sibling.lfs.sha256 if sibling.lfs else "")
+        for sibling in info.siblings or ()
+        if "/" not in sibling.rfilename
+    }
+    if info.sha is None:
+        raise ModelError(f"{constants.ENDPOINT} names no commit for {repository}; is HF_ENDPOINT a hub?")
+    weights = [name for name in files if name.endswith(".safetensors")]
+    if CONFIG_FILE not in files or not weights:
+        missing = f"no {CONFIG_FILE}" if CONFIG_FILE not in files else "no safetensors files"
+        raise ModelError(
+            f"{repository} has {missing}, so Potluck cannot serve it. Look for the original model or a version in "
+            "safetensors: Potluck does not read GGUF, .bin or ONNX files"
+        )
+    return info.sha, files
+
+
+def weights_of(names: set[str], folder: Path) -> list[str]:
+    """Which weight files count among `names`, by the same rule as cluster.models.checkpoint. Some repositories
+    hold the same weights twice, in other files that no index lists."""
+    if SINGLE_FILE in names:
+        return [SINGLE_FILE]
+    if INDEX_FILE not in names:
+        return sorted(name for name in names if name.endswith(".safetensors"))
+    weight_map = read_object(folder / INDEX_FILE, INDEX_BYTES_MAX).get("weight_map")
+    listed = sorted({str(file) for file in weight_map.values()}) if isinstance(weight_map, dict) else []
+    absent = [file for file in listed if file not in names]
+    if absent or not listed:
+        raise ModelError(f"{INDEX_FILE} lists weight files that are not there: {', '.join(absent[:3]) or 'none'}")
+    return listed
+
+
+class _Download:
+    """One model's download at one commit."""
+
+    def __init__(self, repository: str, commit: str, files: dict[str, HubFile], cancelled: threading.Event) -> None:
+        self._repository = repository
+        self._commit = commit
+        self._files = files
+        self._cancelled = cancelled
+        cache = Path(constants.HF_HUB_CACHE).expanduser()
+        self._blobs = cache / repo_folder_name(repo_id=repository, repo_type="model") / "blobs"
+
+    def run(self, progress: CountProgress | None) -> Path:
+        small = [name for name in self._files if is_small_model_file(name) or is_card_file(name)]
+        folder = self._snapshot(small)  # the index among them says which weights count
+        weights = [self._files[name] for name in weights_of(set(self._files), folder)]
+        streamed = [file for file in weights if self._is_streamed(file)]
+        self._check_room(weights)
+        sizes = {name: self._files[name].size_bytes for name in (*small, *(file.name for file in weights))}
+        advance = counting(sum(sizes.values()), progress)
+        advance(sum(sizes.values()) - sum(file.size_bytes for file in streamed))
+        self._stream_all(streamed, advance)
+        return self._snapshot(list(sizes))  # links the blobs, and fetches what was not streamed
+
+    def _snapshot(self, names: Sequence[str]) -> Path:
+        found = snapshot_download(self._repository, revision=self._commit, allow_patterns=list(names))
+        return Path(found)
+
+    def _is_streamed(self, file: HubFile) -> bool:
+        """Not what is here, not what the hub gives no hash for, and not what it refuses to plain HTTP."""
+        is_here = (self._blobs / file.sha256).exists() if file.sha256 else False
+        return bool(file.sha256) and not is_here and file.size_bytes <= constants.MAX_HTTP_DOWNLOAD_SIZE
+
+    def _check_room(self, weights: Sequence[HubFile]) -> None:
+        missing = [file for file in weights if not (file.sha256 and (self._blobs / file.sha256).exists())]
+        parts = (part_path(self._blobs, file) for file in missing)
+        needed_bytes = sum(file.size_bytes for file in missing)
+        needed_bytes -= sum(part.stat().st_size for part in parts if part.exists())
+        free_bytes = shutil.disk_usage(self._blobs).free
+        if needed_bytes > free_bytes:
+            raise ModelError(
+                f"{self._repository} needs {format_bytes(needed_bytes)} on the disk of {self._blobs}, which has "
+                f"{format_bytes(free_bytes)} free: {format_bytes(needed_bytes - free_bytes)} too little. Free some "
+                "space there, or set HF_HOME to a folder on a larger disk"
+            )
+
+    def _stream_all(self, files: Sequence[HubFile], advance: Advance) -> None:
+        stop = threading.Event()
+        with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
+            try:
+                jobs = {threads.submit(self._stream(file, advance, stop).fetch) for file in files}
+                while jobs:
+                    done, jobs = wait(jobs, timeout=_POLL_S, return_when=FIRST_EXCEPTION)
+                    for job in done:
+                        job.result()
+                    if self._cancelled.is_set():
+                        stop.set()
+            except BaseException:  # also Ctrl-C: the threads end at their next piece
+                stop.set()
+                raise
+
+    def _stream(self, file: HubFile, advance: Advance, stop: threading.Event) -> BlobStream:
+        url = hf_hub_url(self._repository, file.name, revision=self._commit)
+        return BlobStream(url, file, self._blobs, advance, stop)
+
+
+def _remember_revision(repository: str, revision: str, commit: str) -> None:
+    """Note which commit a branch means, only now that all of it is here, so that a start without network finds it."""
+    if revision != commit:
+        storage = Path(constants.HF_HUB_CACHE).expanduser() / repo_folder_name(repo_id=repository, repo_type="model")
+        reference = storage / "refs" / revision
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        reference.write_text(commit, encoding="ascii")
+
+
+class _Unreachable(ModelError):
+    """The hub does not answer; a cached copy may do."""
+
+
+@contextlib.contextmanager
+def explained(repository: str, revision: str) -> Iterator[None]:
+    """Turn what the hub or the disk says into what a person can do about it."""
+    hub = constants.ENDPOINT
+    login = "log in with `hf auth login` or set HF_TOKEN"
+    try:
+        yield
+    except GatedRepoError as error:
+        raise ModelError(f"{repository} is gated: ask for access at {hub}/{repository}, then {login}") from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"{repository} has no revision {revision!r} at {hub}") from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"{hub} shows no model {repository}, and there is no such folder here. Check the spelling; "
+            f"if the model is private, {login}"
+        ) from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403):
+            raise ModelError(f"{hub} refuses {repository} (HTTP status {status}): {login}") from error
+        raise _Unreachable(f"{hub} failed on {repository} (HTTP status {status}); try again later") from error
+    except (TransportError, LocalEntryNotFoundError) as error:
+        raise _Unreachable(f"cannot reach {hub} to download {repository}: {error}. Check the network") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            advice = "is full: free some space, or set HF_HOME to a folder on a larger disk"
+            raise ModelError(f"the disk of {constants.HF_HUB_CACHE} {advice}. What arrived is kept") from error
+        raise ModelError(f"downloading {repository} to {constants.HF_HUB_CACHE} failed: {error}") from error

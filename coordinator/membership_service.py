@@ -1,0 +1,46 @@
+"""The coordinator's gRPC surface: nodes that announce themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import grpc.aio
+
+from cluster.addresses import split_host_port
+from cluster.errors import UsageError
+from cluster.interfaces import host_port
+from cluster.types import NodeId
+from cluster.wire import node_pb2 as pb
+from cluster.wire import node_pb2_grpc as rpc
+
+
+class CoordinatorService(rpc.CoordinatorServicer):
+    """Called by nodes."""
+
+    def __init__(self, cluster: str, announced: Callable[[str, NodeId], None]) -> None:
+        self._cluster = cluster
+        self._announced = announced
+
+    async def Announce(
+        self,
+        request: pb.AnnounceRequest,
+        context: grpc.aio.ServicerContext[pb.AnnounceRequest, pb.AnnounceReply],
+    ) -> pb.AnnounceReply:
+        """A node says where it listens. A hint like any other: the coordinator dials back and asks."""
+        if request.cluster != self._cluster:
+            reason = f"this coordinator serves cluster {self._cluster!r}, not {request.cluster!r}"
+            return pb.AnnounceReply(accepted=False, reason=reason)
+        host = request.host or _caller_host(context.peer())
+        if host is None or not 0 < request.port < 65536:
+            return pb.AnnounceReply(accepted=False, reason="an announcement needs the port that the node listens on")
+        self._announced(host_port(host, request.port), NodeId(request.node_id[:64]))
+        return pb.AnnounceReply(accepted=True)
+
+
+def _caller_host(peer: str) -> str | None:
+    """gRPC names its caller `ipv4:10.0.0.5:51234` or `ipv6:%5Bfd00::5%5D:51234`."""
+    _, _, address = peer.partition(":")
+    try:
+        return split_host_port(address.replace("%5B", "[").replace("%5D", "]").replace("%25", "%"))[0]
+    except UsageError:
+        return None

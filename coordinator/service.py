@@ -1,0 +1,155 @@
+"""The Generator that the HTTP API talks to: requests in, tokens out, whatever plan is in force.
+
+Owns the life of every request: its sequences, its events, its cancellation. Knows token ids, not text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass, replace
+
+from cluster.errors import ClusterError, NotReady, PotluckError, RequestError
+from cluster.steps import Sampling
+from cluster.types import SequenceId
+from coordinator.generation import (
+    Choice,
+    ChoiceEnd,
+    GenerationEvent,
+    GenerationRequest,
+    Ready,
+    ServedModel,
+    TokenEvent,
+)
+from coordinator.scheduler import Event, SequenceEnded, SequenceFailed, TokenDrawn
+from coordinator.sequence import SequenceAsk
+from coordinator.serving import Serving, first_token
+
+_PROBE_TIMEOUT_S = 30.0
+"""`/ready` gives up on its token after this; the queue may be long, but a minute without one is not ready."""
+
+_PROBE_FRESH_S = 5.0
+"""A token that came out this recently proves as much as a new one."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """A request under way: the plan that serves it, and its unfinished choices' sequences there. A sequence's id means
+    nothing to another plan."""
+
+    serving: Serving
+    live: dict[int, SequenceId]
+
+
+class InferenceService:
+    """Outlives plans: between two of them it says what the coordinator is waiting for."""
+
+    def __init__(self, status: Callable[[], Mapping[str, object]], now: Callable[[], float] = time.monotonic) -> None:
+        self._status = status
+        self._now = now
+        self._model: ServedModel | None = None
+        self._serving: Serving | None = None
+        self._phase = "starting"
+        self.reason = "the coordinator is starting"
+        self._token_at_s: float | None = None
+        self._open: dict[str, _Open] = {}
+
+    # -- What the controller tells it --------------------------------------------------------------------
+
+    def set_model(self, model: ServedModel) -> None:
+        self._model = model
+
+    def set_phase(self, phase: str, reason: str) -> None:
+        """Not serving; `reason` is what clients are told."""
+        self._phase, self.reason, self._serving, self._token_at_s = phase, reason, None, None
+        self._offer(None)
+
+    def begin(self, serving: Serving) -> None:
+        self._serving, self._phase, self.reason = serving, "serving", ""
+        self._offer(serving.room.context_tokens)
+
+    def _offer(self, context_tokens: int | None) -> None:
+        if self._model is not None:
+            self._model = replace(self._model, context_tokens=context_tokens)
+
+    async def prove(self, timeout_s: float) -> float:
+        """Let one real token through every stage; returns how long it took. Raises when none comes."""
+        serving = self._require()
+        began = self._now()
+        probe = SequenceAsk(serving.new_sequence(), (0,), Sampling(seed=0, temperature=0.0), max_tokens=1)
+        await first_token(serving, probe, timeout_s)
+        self._token_at_s = self._now()
+        return self._token_at_s - began
+
+    # -- Generator ---------------------------------------------------------------------------------------
+
+    def model(self) -> ServedModel | None:
+        return self._model
+
+    def phase(self) -> str:
+        return self._phase
+
+    def status(self) -> Mapping[str, object]:
+        return self._status()
+
+    async def ready(self) -> Ready:
+        if self._serving is None:
+            return Ready(False, self.reason)
+        if self._token_at_s is not None and self._now() - self._token_at_s < _PROBE_FRESH_S:
+            return Ready(True, "")
+        try:
+            await self.prove(_PROBE_TIMEOUT_S)
+        except PotluckError as error:
+            return Ready(False, str(error))
+        return Ready(True, "")
+
+    async def submit(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
+        """Generate every choice; see Generator."""
+        serving = self._require()
+        choices = {serving.new_sequence(): choice for choice in request.choices(serving.room.context_tokens)}
+        if any(choice.max_tokens < 1 for choice in choices.values()):
+            raise RequestError("the prompt leaves no room for an answer", code="context_length_exceeded")
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        serving.submit([_ask(seq, choice, request) for seq, choice in choices.items()], events.put_nowait)
+        mine = _Open(serving, {choice.index: seq for seq, choice in choices.items()})
+        self._open[request.id] = mine
+        try:
+            while mine.live:
+                event = await events.get()
+                index = choices[event.seq].index
+                match event:
+                    case TokenDrawn(_, token):
+                        self._token_at_s = self._now()
+                        yield TokenEvent(index, token)
+                    case SequenceEnded(_, reason):
+                        mine.live.pop(index, None)
+                        yield ChoiceEnd(index, reason)
+                    case SequenceFailed(_, why):
+                        raise ClusterError(why)
+        finally:
+            serving.cancel(list(mine.live.values()))
+            del self._open[request.id]
+
+    def cancel_choice(self, request_id: str, choice: int) -> None:
+        mine = self._open.get(request_id)
+        seq = mine.live.pop(choice, None) if mine else None
+        if mine is not None and seq is not None:
+            mine.serving.cancel([seq])
+
+    def _require(self) -> Serving:
+        if self._serving is None:
+            raise NotReady(self.reason)
+        return self._serving
+
+
+def _ask(seq: SequenceId, choice: Choice, request: GenerationRequest) -> SequenceAsk:
+    return SequenceAsk(
+        seq,
+        choice.prompt,
+        choice.sampling,
+        choice.max_tokens,
+        request.min_tokens,
+        request.ignore_eos,
+        request.eos_ids,
+    )

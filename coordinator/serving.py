@@ -1,0 +1,114 @@
+"""One installed plan in service: the scheduler's decisions into the pipeline, its outcomes back to whoever waits.
+
+The next step is dispatched before anybody is told of the last one, so detokenising never holds up a stage.
+Knows sequences, not requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Sequence
+
+from cluster.errors import NotReady, PotluckError
+from cluster.types import SequenceId
+from coordinator.pipeline import Pipeline, TimedOutcome
+from coordinator.scheduler import Event, Room, Scheduler, SequenceFailed, TokenDrawn
+from coordinator.sequence import SequenceAsk
+from coordinator.telemetry import Telemetry
+
+Listener = Callable[[Event], None]
+
+
+class Serving:
+    """Lives as long as its pipeline."""
+
+    def __init__(self, pipeline: Pipeline, room: Room) -> None:
+        self.room = room
+        self.telemetry = Telemetry()
+        self._scheduler = Scheduler(room)
+        self._pipeline = pipeline
+        self._listeners: dict[SequenceId, Listener] = {}
+        self._ids = itertools.count(1)
+        self._over = ""
+
+    async def run(self) -> None:
+        """Serve until the pipeline breaks; then every sequence has failed and the reason is raised."""
+        try:
+            await self._pipeline.run(self._on_outcome)
+        except PotluckError as error:
+            self.end(str(error))
+            raise
+        finally:
+            self.end("the coordinator is stopping")
+            await self._pipeline.close()
+
+    def end(self, reason: str) -> None:
+        """Nothing is served any more; every sequence fails for `reason`. Only the first reason counts."""
+        if not self._over:
+            self._over = reason
+            self._deliver(self._scheduler.fail_all(reason))
+
+    def new_sequence(self) -> SequenceId:
+        return SequenceId(next(self._ids))
+
+    def submit(self, asks: Sequence[SequenceAsk], listener: Listener) -> None:
+        """Take the choices of one request: all of them, or an error and none."""
+        if self._over:
+            raise NotReady(self._over)
+        self._scheduler.submit(asks)
+        for ask in asks:
+            self._listeners[ask.seq] = listener
+        self._pump()
+
+    def cancel(self, seqs: Sequence[SequenceId]) -> None:
+        """Nobody listens any more; the caches are freed on every stage."""
+        for seq in seqs:
+            if self._listeners.pop(seq, None) is not None:
+                self._scheduler.cancel(seq)
+        self._pump()
+
+    @property
+    def load(self) -> tuple[int, int, int]:
+        """Sequences waiting, sequences running, cache positions reserved."""
+        return self._scheduler.waiting, self._scheduler.running, self._scheduler.reserved_tokens
+
+    def _pump(self) -> None:
+        while not self._over and (step := self._scheduler.next_step()) is not None:
+            self._pipeline.send(step)
+
+    def _on_outcome(self, timed: TimedOutcome) -> None:
+        events = self._scheduler.complete(timed.outcome)
+        self._pump()
+        drawn = sum(isinstance(event, TokenDrawn) for event in events)
+        self.telemetry.note(timed, drawn=drawn, decode_only=0 < timed.tokens == timed.rows)
+        self._deliver(events)
+
+    def _deliver(self, events: Sequence[Event]) -> None:
+        for event in events:
+            listener = self._listeners.get(event.seq)
+            if listener is None:
+                continue
+            if not isinstance(event, TokenDrawn):
+                del self._listeners[event.seq]  # it has ended, well or badly
+            listener(event)
+
+
+async def first_token(serving: Serving, ask: SequenceAsk, timeout_s: float) -> None:
+    """Proof that the whole path works: a real token through every stage. Raises when none comes."""
+    arrived: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
+
+    def listen(event: Event) -> None:
+        if not arrived.done():
+            arrived.set_result(event)
+
+    serving.submit([ask], listen)
+    try:
+        async with asyncio.timeout(timeout_s):
+            event = await arrived
+    except TimeoutError as error:
+        raise PotluckError(f"no token came out within {timeout_s:.0f} s") from error
+    finally:
+        serving.cancel([ask.seq])
+    if isinstance(event, SequenceFailed):
+        raise PotluckError(event.reason)

@@ -1,0 +1,125 @@
+"""What `GET /potluck/status` shows: one JSON-ready picture of the cluster, made from what the parts know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cluster.models.facts import ModelFacts
+from cluster.plan import Plan
+from cluster.types import NodeId
+from coordinator.roster import Member, Roster
+from coordinator.serving import Serving
+from coordinator.telemetry import TokenTime
+
+
+def status_of(
+    *,
+    cluster: str,
+    phase: str,
+    reason: str,
+    join: tuple[str, ...],
+    model: str,
+    facts: ModelFacts | None,
+    roster: Roster,
+    plan: Plan | None,
+    serving: Serving | None,
+) -> Mapping[str, object]:
+    """Units are in the names; times are means over the latest decode steps."""
+    members = roster.members
+    stage_of = {stage.node: stage.index for stage in plan.stages} if plan else {}
+    return {
+        "cluster": cluster,
+        "phase": phase,
+        "reason": reason,
+        "join_addresses": list(join),
+        "model": None if facts is None else _model(model, facts),
+        "nodes": [_node(member, stage_of.get(member.facts.id)) for member in members.values()],
+        "turned_away": [{"who": who, "reason": why} for who, why in roster.turned_away.items()],
+        "plan": None if plan is None else _plan(plan, members),
+        "load": None if serving is None else _load(serving),
+    }
+
+
+def _model(name: str, facts: ModelFacts) -> dict[str, object]:
+    return {
+        "name": name,
+        "architecture": facts.architecture,
+        "layers": facts.layer_count,
+        "bytes": facts.stored_bytes,
+        "dtype": facts.dtype.value,
+    }
+
+
+def _node(member: Member, stage: int | None) -> dict[str, object]:
+    facts, beat = member.facts, member.beat
+    return {
+        "id": facts.id,
+        "name": facts.name,
+        "address": facts.address,
+        "backend": facts.backend.value,
+        "device": facts.device,
+        "engine": facts.engine_version,
+        "stage": stage,
+        "phase": beat.phase.value if beat else "joining",
+        "problem": beat.problem if beat else "",
+        "steps_done": beat.steps_done if beat else 0,
+        "kv_tokens_used": beat.kv_tokens_used if beat else 0,
+        "memory": {
+            "budget_bytes": facts.memory.budget_bytes,
+            "used_bytes": facts.memory.used_bytes,
+            "total_bytes": facts.memory.total_bytes,
+            "pressure": facts.memory.pressure.value,
+            "explained": facts.memory.explained,
+        },
+    }
+
+
+def _plan(plan: Plan, members: Mapping[NodeId, Member]) -> dict[str, object]:
+    return {
+        "context_tokens": plan.context_tokens,
+        "users": plan.users,
+        "stages": [
+            {
+                "index": stage.index,
+                "node": _name(members, stage.node),
+                "backend": stage.backend.value,
+                "first_layer": stage.layers.first,
+                "last_layer": stage.layers.last,
+                "weight_bytes": stage.weight_bytes,
+                "kv_bytes": stage.kv_bytes,
+                "workspace_bytes": stage.workspace_bytes,
+            }
+            for stage in plan.stages
+        ],
+        "left_out": [{"node": _name(members, node), "reason": why} for node, why in plan.left_out],
+    }
+
+
+def _name(members: Mapping[NodeId, Member], node: NodeId) -> str:
+    member = members.get(node)
+    return member.facts.name if member else node
+
+
+def _load(serving: Serving) -> dict[str, object]:
+    waiting, running, reserved = serving.load
+    times = serving.telemetry.token_time()
+    return {
+        "waiting": waiting,
+        "running": running,
+        "kv_tokens_reserved": reserved,
+        "kv_tokens": serving.room.kv_tokens,
+        "tokens_drawn": serving.telemetry.tokens_drawn,
+        "token_time": None if times is None else _times(times),
+    }
+
+
+def _times(times: TokenTime) -> dict[str, object]:
+    return {
+        "steps": times.steps,
+        "total_s": times.total_s,
+        "hops_s": times.hops_s,
+        "stages": [
+            {"receive_s": stage.receive_s, "queue_s": stage.queue_s, "compute_s": stage.compute_s}
+            for stage in times.stages
+        ],
+    }
