@@ -1,0 +1,164 @@
+"""A LAN in a box: the whole product on machines with networks and disks of their own, joined by a switch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch", reason="the checkpoint is made with transformers: the extra [torch]")
+
+from cluster.cli.child import Process
+from cluster.models.checkpoint import open_checkpoint
+from cluster.models.layout import owned_tensors
+from cluster.types import LayerRange
+from tests.checkpoints import make_checkpoint
+from tests.integration.answers import GREEDY, Question, question
+from tests.integration.live import START_S, happenings, has_backend, joined, new_cluster, processes_of, serving
+from tests.integration.netns import Lan, lan, require_lan
+from tests.oracle.reference import WholeModel
+
+pytestmark = pytest.mark.root
+
+OTHER = "mlx" if has_backend("mlx") else "torch"
+LAYERS = 6
+
+_ASK = """
+import json, sys, time, urllib.error, urllib.request
+began = time.monotonic()
+try:
+    body = sys.argv[2].encode() if len(sys.argv) > 2 else None
+    request = urllib.request.Request(sys.argv[1], body, {"Content-Type": "application/json"})
+    for line in urllib.request.urlopen(request, timeout=60):
+        print(line.decode().rstrip(), flush=True)
+except urllib.error.HTTPError as error:
+    print(error.read().decode())
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """Large enough that five percent of a slice are more than its names."""
+
+    folder: Path
+    asked: Question
+
+    def slice_bytes(self, stage: Mapping[str, Any]) -> int:
+        layers = LayerRange(stage["layers"]["first"], stage["layers"]["last"])
+        owned = owned_tensors(open_checkpoint(self.folder), layers, LAYERS)
+        return sum(tensor.end - tensor.begin for tensor in owned)
+
+    def body(self, **fields: object) -> dict[str, object]:
+        how = {"max_tokens": len(self.asked.ids), "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+        return {"prompt": list(self.asked.prompt), **how, **fields}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 8, "head_dim": 32}
+    folder = make_checkpoint("qwen3", tmp_path_factory.mktemp("lan-model"), layers=LAYERS, **sizes)
+    return Model(folder, question(WholeModel(folder), 30, GREEDY))
+
+
+@pytest.fixture(scope="module")
+def box() -> Iterator[Lan]:
+    require_lan()
+    with lan("desk", "mini", "studio") as made:
+        yield made
+
+
+def _command(box: Lan, machine: str, url: str, body: Mapping[str, object] | None = None) -> list[str]:
+    """A client on that machine."""
+    return [*box.prefix(machine), sys.executable, "-c", _ASK, url, *([] if body is None else [json.dumps(body)])]
+
+
+def _ask(box: Lan, machine: str, url: str, body: Mapping[str, object] | None = None) -> Any:
+    done = subprocess.run(_command(box, machine, url, body), capture_output=True, text=True, timeout=90, check=True)
+    return json.loads(done.stdout)
+
+
+def _received_bytes(coordinator: Process, node: str) -> int:
+    reports = [said["report"] for said in happenings(coordinator, "loading") if said["node"] == node]
+    return max(report["received_bytes"] for report in reports)
+
+
+def _assert_little_received(coordinator: Process, model: Model, *, strangers: set[str]) -> None:
+    """Nodes on machines that have never seen the model received their slices and little more; others no tensor."""
+    plan = happenings(coordinator, "planned")[-1]
+    names = {node["id"]: node["name"] for node in plan["nodes"]}
+    for stage in plan["plan"]["stages"]:
+        name = names[stage["members"][0]]
+        received, owned = _received_bytes(coordinator, name), model.slice_bytes(stage)
+        if name in strangers:
+            assert owned <= received <= owned * 1.05, f"{name} owns {owned} bytes and received {received}"
+        else:
+            assert received <= owned * 0.05, f"{name} sees the files and received {received} bytes"
+
+
+def test_serve_here_and_join_there_is_all_it_takes(box: Lan, model: Model, tmp_path: Path) -> None:
+    """The node beside the coordinator and one found over multicast, whose disk is empty, answer together."""
+    cluster = new_cluster()
+    desk = box.prefix("desk", machine_id="a" * 32)
+    mini = box.prefix("mini", machine_id="b" * 32, hidden=[model.folder])
+    with (
+        serving(model.folder, cluster, tmp_path / "desk", "--min-nodes", "2", cluster_host="", prefix=desk) as serve,
+        joined("mini", OTHER, cluster, tmp_path / "mini", host="", prefix=mini) as join,
+    ):
+        assert join.wait_for("up", START_S)["mdns_problem"] == ""
+        serve.process.wait_for("ready", START_S)
+        answer = _ask(box, "desk", f"{serve.url}/v1/completions", model.body())
+        assert answer["choices"][0]["token_ids"] == list(model.asked.ids)
+        _assert_little_received(serve.process, model, strangers={"mini"})
+    assert not processes_of(cluster)
+
+
+def test_where_multicast_is_not_carried_addresses_do(box: Lan, model: Model, tmp_path: Path) -> None:
+    """One node is named to the coordinator, the other names the coordinator. Both disks are empty; the client is on a
+    third machine. A cable that is pulled in the middle of an answer ends it with an error, and plugged in, heals."""
+    cluster = new_cluster()
+    box.set_multicast(carried=False)
+    try:
+        with ExitStack() as stack:
+            peer = ["--peer", f"{box.address('mini')}:7451", "--no-local-node", "--min-nodes", "2"]
+            options = [*peer, "--host", box.address("desk")]
+            serve = stack.enter_context(
+                serving(model.folder, cluster, tmp_path / "desk", *options, cluster_host="", prefix=box.prefix("desk"))
+            )
+            places = {"mini": ["--port", "7451"], "studio": ["--coordinator", f"{box.address('desk')}:{serve.port}"]}
+            for name, backend in (("mini", OTHER), ("studio", "torch")):
+                prefix = box.prefix(name, machine_id=name[0].encode().hex() * 16, hidden=[model.folder])
+                node = joined(name, backend, cluster, tmp_path / name, *places[name], host="", prefix=prefix)
+                stack.enter_context(node)
+            serve.process.wait_for("ready", START_S)
+            url = f"{serve.url}/v1/completions"
+            assert _ask(box, "studio", url, model.body())["choices"][0]["token_ids"] == list(model.asked.ids)
+            _assert_little_received(serve.process, model, strangers={"mini", "studio"})
+
+            _assert_a_pulled_cable_ends_the_stream(box, url, model)
+            serve.process.wait_for("ready", START_S)
+            assert _ask(box, "studio", url, model.body())["choices"][0]["token_ids"] == list(model.asked.ids)
+    finally:
+        box.set_multicast(carried=True)
+    assert not processes_of(cluster)
+
+
+def _assert_a_pulled_cable_ends_the_stream(box: Lan, url: str, model: Model) -> None:
+    command = _command(box, "desk", url, model.body(max_tokens=900, stream=True))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as client:
+        assert client.stdout is not None
+        try:
+            for _ in range(4):
+                client.stdout.readline()
+            box.set_link("mini", up=False)
+            rest, _ = client.communicate(timeout=15)
+        finally:
+            box.set_link("mini", up=True)
+            client.kill()
+    assert [line for line in rest.splitlines() if line][-1].startswith('data: {"error"')

@@ -1,0 +1,1 @@
+"""Engines against the single-process libraries."""

@@ -1,0 +1,50 @@
+"""Checkpoints and torch references, made once for all tests of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import make_checkpoint
+from tests.oracle.reference import LAST_TOKENS, Reference, WholeModel, decisive_reference
+
+TOLERANCE = 5e-4
+"""Largest allowed difference of two float32 logits. They are about 10 wide: 5e-5 of that, some ten times the
+rounding that another order of summation causes, and at most a twentieth of any reference's top-two gap."""
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The float32 checkpoint of a family; read only."""
+
+    @cache
+    def make(family: str) -> Path:
+        return make_checkpoint(family, tmp_path_factory.mktemp(family))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def whole_model(checkpoint: Callable[[str], Path]) -> Callable[[str], WholeModel]:
+    """The same checkpoint as `transformers` runs it."""
+
+    @cache
+    def make(family: str) -> WholeModel:
+        return WholeModel(checkpoint(family))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reference(whole_model: Callable[[str], WholeModel]) -> Callable[..., Reference]:
+    """A decisive greedy continuation by the whole model of a prompt with so many tokens."""
+
+    @cache
+    def make(family: str, prompt_tokens: int = 40) -> Reference:
+        model = whole_model(family)
+        return decisive_reference(model, prompt_tokens=prompt_tokens, count=LAST_TOKENS + 4, tolerance=TOLERANCE)
+
+    return make

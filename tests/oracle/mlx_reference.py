@@ -1,0 +1,110 @@
+"""The single-process reference for MLX: the whole model by `mlx-lm`, with its own caches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_model
+
+from tests.oracle.reference import LAST_TOKENS, Reference, decisive_reference
+
+MLX_TOLERANCE = 1e-4
+"""Largest allowed difference of two float32 logits when both are computed by MLX: only the order of summation in
+a batch may differ."""
+
+
+class WholeMlxModel:
+    """The model in `folder` as `mlx-lm` runs it in one process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.stated = _as_mlx_lm_reads_it(folder)
+        self._model: Any
+        self._model, _ = load_model(as_mlx_lm_stores_it(folder), model_config=dict(self.stated))
+
+    def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """After each token, in one forward."""
+        return self._forward(tokens, make_prompt_cache(self._model))
+
+    def greedy(self, prompt: Sequence[int], count: int) -> Reference:
+        """A greedy continuation; end-of-sequence ids do not end it."""
+        caches = make_prompt_cache(self._model)
+        logits = [self._forward(prompt, caches)[-1]]
+        ids = [int(logits[-1].argmax())]
+        while len(ids) < count:
+            logits.append(self._forward(ids[-1:], caches)[-1])
+            ids.append(int(logits[-1].argmax()))
+        return Reference(list(prompt), ids, np.stack(logits))
+
+    def _forward(self, tokens: Sequence[int], caches: list[Any]) -> npt.NDArray[np.float32]:
+        return np.array(self._model(mx.array([list(tokens)]), cache=caches)[0].astype(mx.float32))
+
+
+@cache
+def whole_mlx_model(folder: Path) -> WholeMlxModel:
+    return WholeMlxModel(folder)
+
+
+@cache
+def mlx_reference(folder: Path, prompt_tokens: int = 40) -> Reference:
+    """A decisive greedy continuation by the whole model of a prompt with so many tokens."""
+    model: Any = whole_mlx_model(folder)
+    return decisive_reference(model, prompt_tokens=prompt_tokens, count=LAST_TOKENS + 4, tolerance=MLX_TOLERANCE)
+
+
+def _as_mlx_lm_reads_it(folder: Path) -> dict[str, object]:
+    """What transformers 5 writes and mlx-lm overlooks, in mlx-lm's words. Written for the tests' checkpoints alone
+    and apart from the engine's own translation, so that the two can disagree."""
+    config = json.loads((folder / "config.json").read_text())
+    rope = config["rope_parameters"]
+    words: dict[str, object] = {}
+    if "full_attention" in rope:
+        words["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    words["rope_theta"] = rope["rope_theta"]
+    if "partial_rotary_factor" in rope:
+        words["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if "linear_attention" in config.get("layer_types", ()):
+        words["full_attention_interval"] = config["layer_types"].index("full_attention") + 1
+    if config["model_type"] == "qwen3_5_text":
+        words["model_type"] = "qwen3_5"
+    if config["model_type"] == "lfm2":
+        words["block_dim"] = config["hidden_size"]
+    if "num_local_experts" in config:
+        words["num_experts"] = config["num_local_experts"]
+    if rope["rope_type"] != "default":
+        words["rope_scaling"] = rope
+    return words
+
+
+@cache
+def as_mlx_lm_stores_it(folder: Path) -> Path:
+    """The same folder, or for gpt-oss another: mlx-lm reads transformers' files of it only when they are packed.
+    There, experts are [in, out] with gate and up in turns; here they are [out, in] and apart."""
+    config = json.loads((folder / "config.json").read_text())
+    if config["model_type"] != "gpt_oss" or "quantization" in config:
+        return folder
+    weights: Any = mx.load(str(folder / "model.safetensors"))
+    stored = {}
+    for name, array in weights.items():
+        experts, _, kind = name.partition("gate_up_proj")
+        if kind or name.endswith("gate_up_proj"):
+            for offset, half in enumerate(("gate_proj", "up_proj")):
+                part = array[..., offset::2]
+                stored[experts + half + (".bias" if kind else ".weight")] = part if kind else part.swapaxes(1, 2)
+        elif name.endswith("experts.down_proj"):
+            stored[f"{name}.weight"] = array.swapaxes(1, 2)
+        else:
+            stored[name.replace("down_proj_bias", "down_proj.bias")] = array
+    target = folder.with_name(f"{folder.name}_mlx")
+    target.mkdir()
+    mx.save_safetensors(str(target / "model.safetensors"), stored, {"format": "mlx"})
+    (target / "config.json").write_text(json.dumps(config))
+    return target

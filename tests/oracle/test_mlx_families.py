@@ -1,0 +1,260 @@
+"""The other families on the MLX engine: exactly what mlx-lm computes, and what it leaves out as transformers has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("mlx_lm", reason="the MLX engine needs the extra [mlx]")
+
+import mlx.core as mx
+from mlx_lm.models import gpt_oss
+
+from cluster.errors import ModelError
+from cluster.models.checkpoint import Checkpoint
+from cluster.types import SequenceId
+from node.engine import Engine
+from node.engines.mlx import arguments, rotations, slicing, weights
+from node.engines.mlx.arguments import read_arguments
+from node.engines.mlx.positions import LayerCache
+from tests.checkpoints import MORE_FAMILIES, make_checkpoint
+from tests.oracle.conftest import TOLERANCE
+from tests.oracle.mlx_reference import mlx_reference
+from tests.oracle.pipelines import greedy, ragged, run_prefill
+from tests.oracle.reference import LAST_TOKENS, Reference, WholeModel, decisive_reference, random_prompt
+from tests.oracle.test_mlx_engine import CUTS, assert_equal, assert_ragged_batch_equal, mlx_pipeline
+
+Checkpoints = Callable[[str], Path]
+
+YARN = {"rope_type": "yarn", "rope_theta": 50_000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+LONG_ROPE = {
+    "original_max_position_embeddings": 128,
+    "max_position_embeddings": 512,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 50_000.0,
+        "partial_rotary_factor": 0.75,
+        "short_factor": [1.0, 1.1, 1.3, 1.7, 2.0, 2.5],
+        "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
+    },
+}
+
+AS_MLX_LM_COMPUTES_THEM: dict[str, dict[str, Any]] = {
+    "gemma2": {"sliding_window": 4096},  # it has no windows
+    "gpt_oss": {"rope_parameters": YARN},  # it rounds where the ramp of a yarn rotation begins and ends
+}
+"""What keeps mlx-lm from being the judge is left out of these checkpoints, and tested with the ones below."""
+
+BEYOND_MLX_LM: dict[str, tuple[str, dict[str, Any]]] = {
+    "windows in turns": ("gemma2", {}),
+    "a ramp between dimensions": ("gpt_oss", {"rope_parameters": YARN | {"truncate": False}}),
+    "windows everywhere": ("mistral", {"sliding_window": 16}),
+    "windows beside fused matrices": ("phi3", {"sliding_window": 16}),
+    "short factors": ("phi3", LONG_ROPE),
+    "groups of experts that lost": ("deepseek_v3", {"n_group": 4, "topk_group": 1, "num_experts_per_tok": 2}),
+    "queries as they are": ("deepseek_v3", {"q_lora_rank": None}),
+}
+"""transformers is the judge of these."""
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    """The checkpoint of a family that mlx-lm computes as transformers does."""
+
+    @cache
+    def make(family: str) -> Path:
+        folder = tmp_path_factory.mktemp("plain") / family
+        return make_checkpoint(family, folder, **AS_MLX_LM_COMPUTES_THEM.get(family, {}))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def beyond(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, list[Reference]]]:
+    """A checkpoint with something that mlx-lm leaves out, and continuations by transformers."""
+
+    @cache
+    def make(what: str) -> tuple[Path, list[Reference]]:
+        family, overrides = BEYOND_MLX_LM[what]
+        folder = make_checkpoint(family, tmp_path_factory.mktemp("beyond") / family, **overrides)
+        whole = WholeModel(folder)
+        return folder, [
+            decisive_reference(whole, prompt_tokens=tokens, count=LAST_TOKENS, tolerance=TOLERANCE)
+            for tokens in (40, 11)
+        ]
+
+    return make
+
+
+def assert_like_transformers(engines: Sequence[Engine], expected: Sequence[Reference]) -> None:
+    found = ragged(engines, [answer.prompt for answer in expected], len(expected[0].ids))
+    for (ids, logits), answer in zip(found, expected, strict=True):
+        np.testing.assert_allclose(logits, answer.logits, rtol=0, atol=TOLERANCE)
+        assert ids == answer.ids
+
+
+@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize("family", MORE_FAMILIES)
+def test_greedy_text_and_logits_equal_the_whole_model(family: str, cuts: tuple[int, ...], plain: Checkpoints) -> None:
+    expected = mlx_reference(plain(family))
+    assert_equal(*greedy(mlx_pipeline(plain(family), cuts), expected.prompt, len(expected.ids)), expected)
+
+
+@pytest.mark.parametrize("family", MORE_FAMILIES)
+def test_prefill_cuts_give_the_same_logits(family: str, plain: Checkpoints) -> None:
+    """A cut after one token and before the last, in the middle, and around a window of 16."""
+    expected = mlx_reference(plain(family))
+    engines = mlx_pipeline(plain(family), (2, 4))
+    for seq, chunks in enumerate([(1,), (39,), (20,), (16, 17), (7, 9, 33)]):
+        assert_equal(*greedy(engines, expected.prompt, 2, chunks=chunks, seq=seq), expected)
+
+
+@pytest.mark.parametrize("family", MORE_FAMILIES)
+def test_rows_of_a_ragged_batch_do_not_see_each_other(family: str, plain: Checkpoints) -> None:
+    expected = [mlx_reference(plain(family), prompt_tokens) for prompt_tokens in (5, 23, 40)]
+    assert_ragged_batch_equal(mlx_pipeline(plain(family), (3,)), expected, chunk=9)
+
+
+@pytest.mark.parametrize("what", BEYOND_MLX_LM)
+def test_what_mlx_lm_leaves_out_is_computed_as_by_transformers(what: str, beyond: Callable[..., Any]) -> None:
+    folder, expected = beyond(what)
+    assert_like_transformers(mlx_pipeline(folder, (3,), context_tokens=128), expected)
+
+
+@pytest.mark.parametrize("family", MORE_FAMILIES)
+def test_a_fork_and_a_cut_continue_as_if_nothing_else_had_happened(family: str, plain: Checkpoints) -> None:
+    expected = mlx_reference(plain(family))
+    engines = mlx_pipeline(plain(family), (3,))
+    one, two = SequenceId(1), SequenceId(2)
+    run_prefill(engines, [*expected.prompt[:20], *random_prompt(30, seed=1)], seq=one)
+    for engine in engines:
+        assert engine.fork(one, two, 19) == 19
+        assert engine.trim(one, 20) == 20
+    for seq, start in ((one, 20), (two, 19)):
+        logits = run_prefill(engines, expected.prompt[start:], seq=seq, start=start)
+        assert_equal([int(logits.argmax())], logits[None], expected)
+
+
+def _no_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arguments, "_windows", lambda family, config, shape, where: (None,) * shape.layer_count)
+
+
+def _masks_of_rows_on_key_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows and two key heads: the shapes fit."""
+
+    def call(self: Any, x: mx.array, mask: Any, cache: Any) -> Any:
+        return self.layer(x, cache.make_mask(x.shape[1], return_array=True), cache)
+
+    monkeypatch.setattr(slicing._Masked, "__call__", call)
+
+
+def _rounded_ramp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotations, "_untruncated_yarn", lambda scaling, theta, dims: None)
+
+
+def _long_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    factors = rotations._factors
+    monkeypatch.setattr(
+        rotations, "_factors", lambda stated, name, count, where: factors(stated, "long_factor", count, where)
+    )
+
+
+def _biases_as_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_in_order_of_mlx", lambda lazy, family: dict(lazy))
+
+
+def _no_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = gpt_oss.scaled_dot_product_attention
+    monkeypatch.setattr(
+        gpt_oss, "scaled_dot_product_attention", lambda *args, sinks, **kwargs: attention(*args, **kwargs)
+    )
+
+
+def _stale_latents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what is not rotated, and only in one step."""
+    update = LayerCache.update_and_fetch
+
+    def stale(self: LayerCache, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        late = 42 in self._positions.starts and self._positions.tokens == 1
+        return update(self, self.keys[:, :, :1] if late else keys, values)
+
+    monkeypatch.setattr(LayerCache, "update_and_fetch", stale)
+
+
+MUTANTS = [
+    (_no_windows, "windows in turns"),
+    (_no_windows, "windows everywhere"),
+    (_no_windows, "windows beside fused matrices"),
+    (_masks_of_rows_on_key_heads, "windows in turns"),
+    (_rounded_ramp, "a ramp between dimensions"),
+    (_long_factors, "short factors"),
+    (_biases_as_stored, "groups of experts that lost"),
+    (_no_sinks, "a ramp between dimensions"),
+    (_stale_latents, "queries as they are"),
+]
+
+
+@pytest.mark.parametrize(("mutate", "what"), MUTANTS)
+def test_mutants_fail_the_check(
+    mutate: Callable[[pytest.MonkeyPatch], None],
+    what: str,
+    beyond: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, expected = beyond(what)
+    mutate(monkeypatch)
+    with pytest.raises(AssertionError):
+        assert_like_transformers(mlx_pipeline(folder, (3,), context_tokens=128), expected)
+
+
+SIZES = {
+    "num_hidden_layers": 6,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 384,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
+LATENT = {"kv_lora_rank": 20, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12}
+DEEPSEEK = {**LATENT, "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "message"),
+    [
+        ("qwen2", {"head_dim": 32}, "head_dim is 32"),
+        ("mistral", {"attention_bias": True}, "attention_bias"),
+        ("mistral", {"sliding_window": 0}, "sliding_window from 1"),
+        ("olmo3", {"layer_types": ["sliding_attention"] * 6}, "needs both kinds"),
+        ("olmo3", {"rope_theta": 20_000.0}, "only one base"),
+        ("olmo3", {"layer_types": ["chunked_attention"] * 6}, "chunked_attention"),
+        ("phi3", {**LONG_ROPE, "original_max_position_embeddings": "128"}, "original_max_position_embeddings"),
+        ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, "8 numbers"),
+        ("phi3", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ("phi3", {"partial_rotary_factor": 2}, "partial_rotary_factor"),
+        ("gemma2", {}, "only a head tied"),
+        ("gemma2", {"tie_word_embeddings": True, "rope_scaling": {"type": "yarn", "factor": 2.0}}, "yarn"),
+        ("gpt_oss", {**EXPERTS, "swiglu_limit": 5.0}, "swiglu_limit"),
+        ("gpt_oss", {**EXPERTS, "tie_word_embeddings": True}, "only a head of its own"),
+        ("deepseek_v3", {**DEEPSEEK, "rope_interleave": False}, "rope_interleave"),
+        ("deepseek_v3", {**DEEPSEEK, "rope_scaling": YARN | {"mscale": 1.0}}, "mscale_all_dim"),
+        ("deepseek_v3", {**DEEPSEEK, "scoring_func": "softmax"}, "scoring_func"),
+    ],
+)
+def test_what_mlx_lm_would_compute_otherwise_is_refused(family: str, config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        read_arguments(Checkpoint(Path("model"), {"model_type": family, **SIZES, **config}, {}))
+
+
+def test_a_plan_beyond_the_short_factors_is_refused(beyond: Callable[..., Any]) -> None:
+    folder, _ = beyond("short factors")
+    with pytest.raises(ModelError, match="up to 128 tokens"):
+        mlx_pipeline(folder, (3,), context_tokens=129)

@@ -1,0 +1,46 @@
+"""What a node is told when it loads a stage: where the weights are, and who else may hold them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from cluster import messages
+from cluster.plan import Assignment, Fence
+from cluster.types import DeploymentId, DType, Epoch, LayerRange, ModelId, TensorSpec
+from coordinator.install import Source, _assignment
+
+
+def _member(address: str) -> Any:
+    return SimpleNamespace(facts=SimpleNamespace(address=address))
+
+
+def test_each_node_is_told_of_every_other_one_with_a_stage_or_without() -> None:
+    members = {name: _member(f"127.0.0.1:{port}") for name, port in (("a", 1), ("b", 2), ("spare", 3))}
+    plan: Any = SimpleNamespace(stages=[1, 2], layer_count=4, boundary=(), kv_tokens=8, context_tokens=8)
+    stage: Any = SimpleNamespace(index=0, layers=LayerRange(0, 2))
+    source = Source(ModelId("m"), "/models/m", 7433, 10)
+    fence = Fence(DeploymentId("d"), Epoch(1))
+    told: Any = members
+    assignment = _assignment(plan, stage, fence, members["a"], told, source)
+    assert assignment.weights_address == "127.0.0.1:7433"
+    assert assignment.peer_addresses == ("127.0.0.1:2", "127.0.0.1:3")
+
+
+def test_an_assignment_arrives_as_it_was_sent() -> None:
+    assignment = Assignment(
+        fence=Fence(DeploymentId("d"), Epoch(3)),
+        model=ModelId("m"),
+        stage=1,
+        stage_count=2,
+        layers=LayerRange(2, 4),
+        layer_count=4,
+        boundary=(TensorSpec("hidden", (16,), DType.BF16),),
+        kv_tokens=64,
+        context_tokens=32,
+        vocab_size=100,
+        local_folder="/models/m",
+        weights_address="10.0.0.1:7433",
+        peer_addresses=("10.0.0.2:1", "10.0.0.3:2"),
+    )
+    assert messages.assignment_in(messages.assignment_out(assignment, "c")) == assignment

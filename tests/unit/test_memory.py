@@ -1,0 +1,216 @@
+"""Memory budgets: main memory, control groups, Apple's unified memory, GPUs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import UsageError
+from cluster.nodes import Pressure
+from cluster.quantities import GIB, MIB
+from cluster.types import Backend
+from node.hardware import Device, measure_memory
+from node.memory_apple import AppleFacts, apple_report
+from node.memory_cgroup import CgroupMemory, read_cgroup_memory
+from node.memory_cuda import CONTEXT_BYTES, WORKSPACE_BYTES, GpuMemory, cuda_report
+from node.memory_ram import RamFacts, ram_report
+
+# -- Main memory -----------------------------------------------------------------------------------------
+
+
+def test_ram_is_what_is_available_less_the_reserve() -> None:
+    report = ram_report(RamFacts(32 * GIB, 24 * GIB, None), used_bytes=0, cap_bytes=None, reserve_fraction=None)
+    assert report.budget_bytes == report.host_budget_bytes == 24 * GIB - int(32 * GIB * 0.15)
+    assert report.explained == "32.0 GiB RAM, 24.0 GiB available, 15 % kept back"
+
+
+def test_a_budget_is_the_same_before_and_after_a_load() -> None:
+    before = ram_report(RamFacts(32 * GIB, 24 * GIB, None), used_bytes=0, cap_bytes=None, reserve_fraction=None)
+    after = ram_report(RamFacts(32 * GIB, 14 * GIB, None), used_bytes=10 * GIB, cap_bytes=None, reserve_fraction=None)
+    assert after.budget_bytes == before.budget_bytes
+    assert after.used_bytes == 10 * GIB
+
+
+def test_a_cap_lowers_the_nodes_budget_and_not_the_hosts() -> None:
+    facts = RamFacts(32 * GIB, 24 * GIB, None)
+    report = ram_report(facts, used_bytes=0, cap_bytes=8 * GIB, reserve_fraction=0.0)
+    assert (report.budget_bytes, report.host_budget_bytes) == (8 * GIB, 24 * GIB)
+    assert report.explained.endswith("at most 8.0 GiB by --memory")
+
+
+def test_a_cap_never_raises_a_budget() -> None:
+    report = ram_report(RamFacts(32 * GIB, 4 * GIB, None), used_bytes=0, cap_bytes=8 * GIB, reserve_fraction=0.0)
+    assert report.budget_bytes == 4 * GIB
+
+
+def test_a_cap_above_the_machines_memory_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"--memory asks for 64\.0 GiB, and there are 32\.0 GiB"):
+        ram_report(RamFacts(32 * GIB, 24 * GIB, None), used_bytes=0, cap_bytes=64 * GIB, reserve_fraction=None)
+
+
+def test_a_full_machine_has_a_budget_of_nothing_rather_than_less() -> None:
+    report = ram_report(RamFacts(32 * GIB, 1 * GIB, None), used_bytes=0, cap_bytes=None, reserve_fraction=None)
+    assert (report.budget_bytes, report.host_budget_bytes) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("available", "expected"), [(0.11, Pressure.NORMAL), (0.09, Pressure.HIGH), (0.04, Pressure.CRITICAL)]
+)
+def test_pressure_follows_what_is_available(available: float, expected: Pressure) -> None:
+    facts = RamFacts(100 * GIB, int(available * 100 * GIB), None)
+    assert ram_report(facts, used_bytes=0, cap_bytes=None, reserve_fraction=None).pressure is expected
+
+
+def test_a_control_groups_limit_counts_as_the_machines_size() -> None:
+    facts = RamFacts(64 * GIB, 60 * GIB, CgroupMemory(8 * GIB, 6 * GIB))
+    report = ram_report(facts, used_bytes=0, cap_bytes=None, reserve_fraction=None)
+    assert report.total_bytes == 8 * GIB
+    assert report.budget_bytes == 6 * GIB - int(8 * GIB * 0.15)
+    assert "limited to 8.0 GiB by its control group" in report.explained
+
+
+def test_this_machine_has_a_budget_below_its_memory() -> None:
+    report = measure_memory(Device(Backend.TORCH, "cpu", "this one"))
+    assert 0 < report.budget_bytes < report.total_bytes
+    assert report.used_bytes > 5 * MIB
+
+
+# -- Control groups --------------------------------------------------------------------------------------
+
+
+def _tree(root: Path, groups: str, mountinfo: str, files: dict[str, object]) -> Path:
+    for name, text in {"proc/self/cgroup": groups, "proc/self/mountinfo": mountinfo, **files}.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+    return root
+
+
+V2_MOUNT = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw"
+V1_MOUNT = "35 31 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory"
+
+
+def test_version_2_counts_the_tightest_group_up_to_the_top(tmp_path: Path) -> None:
+    at = "sys/fs/cgroup/user.slice"
+    root = _tree(tmp_path, "0::/user.slice/app.scope", V2_MOUNT, {
+        f"{at}/memory.max": 4 * GIB, f"{at}/memory.current": 3 * GIB,
+        f"{at}/memory.stat": f"anon 1\ninactive_file {GIB}",
+        f"{at}/app.scope/memory.max": 6 * GIB, f"{at}/app.scope/memory.current": 5 * GIB,
+    })  # fmt: skip
+    # user.slice leaves 4 - (3 - 1) GiB, app.scope 6 - 5 GiB: the smaller counts.
+    assert read_cgroup_memory(root) == CgroupMemory(4 * GIB, 1 * GIB)
+
+
+def test_version_2_without_a_limit_is_none(tmp_path: Path) -> None:
+    files: dict[str, object] = {"sys/fs/cgroup/a/memory.max": "max", "sys/fs/cgroup/a/memory.current": GIB}
+    assert read_cgroup_memory(_tree(tmp_path, "0::/a", V2_MOUNT, files)) is None
+
+
+def test_version_1_is_found_by_its_controller_and_its_huge_number_is_no_limit(tmp_path: Path) -> None:
+    at = "sys/fs/cgroup/memory"
+    root = _tree(tmp_path, "7:cpu,cpuacct:/x\n4:memory:/svc/one\n0::/", f"{V1_MOUNT}\n{V2_MOUNT}", {
+        f"{at}/memory.limit_in_bytes": 9223372036854771712,
+        f"{at}/svc/one/memory.limit_in_bytes": 2 * GIB, f"{at}/svc/one/memory.usage_in_bytes": GIB,
+        f"{at}/svc/one/memory.stat": f"inactive_file 5\ntotal_inactive_file {GIB // 2}",
+    })  # fmt: skip
+    assert read_cgroup_memory(root) == CgroupMemory(2 * GIB, 2 * GIB - GIB // 2)
+
+
+@pytest.mark.parametrize(
+    ("group", "mount_root"),
+    [("/docker/abc", "/docker/abc"), ("/", "/"), ("/../other", "/"), ("/elsewhere", "/docker/abc")],
+)
+def test_a_container_finds_its_own_group_at_the_mount(tmp_path: Path, group: str, mount_root: str) -> None:
+    mount = f"30 23 0:26 {mount_root} /sys/fs/cgroup ro - cgroup2 cgroup rw"
+    files: dict[str, object] = {"sys/fs/cgroup/memory.max": GIB, "sys/fs/cgroup/memory.current": 0}
+    assert read_cgroup_memory(_tree(tmp_path, f"0::{group}", mount, files)) == CgroupMemory(GIB, GIB)
+
+
+def test_a_machine_without_control_groups_is_unlimited(tmp_path: Path) -> None:
+    assert read_cgroup_memory(tmp_path) is None
+
+
+def test_nonsense_in_proc_is_no_limit(tmp_path: Path) -> None:
+    assert read_cgroup_memory(_tree(tmp_path, "garbage\n::", "30 23 -\n - cgroup2\n\n", {})) is None
+
+
+# -- Apple -----------------------------------------------------------------------------------------------
+
+
+def _apple(total_gib: int, working_set_gib: float, *, person: bool = False, wired_gib: int = 0) -> AppleFacts:
+    return AppleFacts(total_gib * GIB, int(working_set_gib * GIB), wired_gib * GIB, person, 1)
+
+
+def _apple_budget(facts: AppleFacts, reserve: float | None = None) -> int:
+    return apple_report(facts, used_bytes=0, cap_bytes=None, reserve_fraction=reserve).budget_bytes
+
+
+def test_a_mac_gives_metals_working_set_less_15_percent() -> None:
+    assert _apple_budget(_apple(128, 96)) == 96 * GIB - int(128 * GIB * 0.15)
+
+
+def test_a_mac_with_someone_at_the_screen_keeps_6_gib_at_least() -> None:
+    assert _apple_budget(_apple(16, 12, person=True)) == 6 * GIB
+    assert _apple_budget(_apple(16, 12)) == 12 * GIB - int(16 * GIB * 0.15)
+    assert _apple_budget(_apple(128, 96, person=True)) == _apple_budget(_apple(128, 96))
+
+
+def test_a_small_mac_with_someone_at_the_screen_gives_nothing_and_says_why() -> None:
+    report = apple_report(_apple(8, 5.3, person=True), used_bytes=0, cap_bytes=None, reserve_fraction=None)
+    assert report.budget_bytes == 0
+    assert "6.0 GiB kept for the person at the machine (--reserve changes it)" in report.explained
+
+
+def test_an_explicit_reserve_is_taken_at_its_word() -> None:
+    assert _apple_budget(_apple(16, 12, person=True), reserve=0.05) == 12 * GIB - int(16 * GIB * 0.05)
+
+
+def test_the_owners_wired_limit_replaces_metals_recommendation() -> None:
+    assert _apple_budget(_apple(64, 48, wired_gib=56), reserve=0.0) == 56 * GIB
+
+
+@pytest.mark.parametrize(("level", "expected"), [(1, Pressure.NORMAL), (2, Pressure.HIGH), (4, Pressure.CRITICAL)])
+def test_a_mac_reports_the_kernels_own_pressure(level: int, expected: Pressure) -> None:
+    facts = AppleFacts(16 * GIB, 12 * GIB, 0, False, level)
+    assert apple_report(facts, used_bytes=0, cap_bytes=None, reserve_fraction=None).pressure is expected
+
+
+# -- CUDA ------------------------------------------------------------------------------------------------
+
+
+def _cuda(gpu: GpuMemory, *others: GpuMemory, used: int | None = None) -> tuple[int, int]:
+    report = cuda_report(gpu, others, used_bytes=used, cap_bytes=None, reserve_fraction=None)
+    return report.budget_bytes, report.host_budget_bytes
+
+
+def test_vram_is_what_is_free_less_context_and_workspace() -> None:
+    assert _cuda(GpuMemory(24 * GIB, 23 * GIB, None))[0] == 23 * GIB - CONTEXT_BYTES - WORKSPACE_BYTES
+
+
+def test_a_gpus_budget_is_the_same_before_and_after_a_load_however_it_is_counted() -> None:
+    before = _cuda(GpuMemory(24 * GIB, 23 * GIB, None))
+    loaded_free = 23 * GIB - CONTEXT_BYTES - 10 * GIB
+    assert _cuda(GpuMemory(24 * GIB, loaded_free, None), used=10 * GIB) == before
+    assert _cuda(GpuMemory(24 * GIB, loaded_free, 10 * GIB + CONTEXT_BYTES)) == before
+
+
+def test_a_host_may_give_all_its_gpus() -> None:
+    gpu, other, full = (GpuMemory(24 * GIB, free, None) for free in (23 * GIB, 20 * GIB, 0))
+    own, host = _cuda(gpu, other, full)
+    assert host == own + 20 * GIB - CONTEXT_BYTES - WORKSPACE_BYTES
+
+
+def test_a_gpu_keeps_a_reserve_only_when_asked() -> None:
+    gpu = GpuMemory(20 * GIB, 20 * GIB, None)
+    asked = cuda_report(gpu, (), used_bytes=None, cap_bytes=None, reserve_fraction=0.1)
+    assert asked.budget_bytes == _cuda(gpu)[0] - 2 * GIB
+    assert asked.explained.endswith("10 % kept back")
+
+
+@pytest.mark.parametrize(
+    ("free_mib", "expected"), [(512, Pressure.NORMAL), (200, Pressure.HIGH), (32, Pressure.CRITICAL)]
+)
+def test_a_gpu_is_under_pressure_when_the_workspace_is_going(free_mib: int, expected: Pressure) -> None:
+    gpu = GpuMemory(24 * GIB, free_mib * MIB, None)
+    assert cuda_report(gpu, (), used_bytes=None, cap_bytes=None, reserve_fraction=None).pressure is expected

@@ -1,0 +1,58 @@
+"""What `potluck plan` shows adds up."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.placement import Ask, describe, place, rough_fits
+from cluster.quantities import GIB
+from cluster.types import Backend
+from tests.clusters import model, node
+
+FACTS = model([1000] * 4, ends=(300, 1000, 2))
+NODES = [node("a", 100_000), node("b", 50_000, host="box", host_budget_bytes=20_000)]
+
+
+def test_rows_show_each_stage_beside_its_budget() -> None:
+    plan = place(FACTS, NODES, Ask(8, stages_min=2))
+    rows = describe(plan, FACTS, NODES)
+    assert [(row.name, str(row.layers), row.budget_bytes) for row in rows] == [
+        ("a", "0-2", 100_000),
+        ("b", "3-3", 20_000),
+    ]
+    for row, stage in zip(rows, plan.stages, strict=True):
+        assert row.free_bytes == row.budget_bytes - stage.memory_bytes
+        assert row.weight_bytes == stage.weight_bytes
+
+
+def test_shares_of_a_tokens_time_add_up_to_one() -> None:
+    rows = describe(place(FACTS, NODES, Ask(8, stages_min=2)), FACTS, NODES)
+    assert sum(row.streamed_share for row in rows) == pytest.approx(1)
+
+
+def largest(nodes: list[object], bits: int) -> int:
+    return max((row.billions for row in rough_fits(nodes) if row.fits and row.bits == bits), default=0)  # type: ignore[arg-type]
+
+
+def test_a_pool_holds_larger_models_than_its_nodes() -> None:
+    mac = [node(name, 20 * GIB, backend=Backend.MLX) for name in "ab"]
+    assert (largest(mac[:1], 16), largest(mac, 16)) == (8, 14)
+    assert (largest(mac[:1], 4), largest(mac, 4)) == (32, 32)
+
+
+def test_packed_models_need_mlx() -> None:
+    assert largest([node("a", 80 * GIB)], 4) == 0
+    assert largest([node("a", 80 * GIB, backend=Backend.MLX)], 4) == 120
+
+
+def test_a_shared_host_counts_once() -> None:
+    pair = [node(name, 20 * GIB, host="box", host_budget_bytes=20 * GIB) for name in "ab"]
+    assert largest(pair, 16) == 8
+
+
+def test_rows_come_from_small_to_large() -> None:
+    rows = rough_fits([node("a", GIB)])
+    assert [row.needed_bytes for row in rows if row.bits == 16] == sorted(
+        row.needed_bytes for row in rows if row.bits == 16
+    )
+    assert not any(row.fits for row in rows)
