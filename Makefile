@@ -1,0 +1,42 @@
+# One command each for people and CI. `make` lists them.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help setup demo serve-demo test check unit format proto clean
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## make .venv with the right torch build (quick when nothing changed)
+	@$(PYTHON) deploy/set_up.py
+
+demo: setup ## three nodes on this machine, one model, one answer
+	@$(BIN)/potluck demo
+
+serve-demo: setup ## the same, left running on port 8000 until Ctrl-C
+	@$(BIN)/potluck demo --keep --port 8000
+
+test: export OMP_NUM_THREADS = 1
+test: setup ## every test (minutes)
+	@$(BIN)/python -m pytest --durations=10
+
+check: setup ## format, lint, types, import contracts, proto drift, unit tests (under a minute)
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/python deploy/proto_drift.py
+	@$(BIN)/python -m pytest tests/unit -q
+
+unit: setup ## the unit tests alone (seconds)
+	@$(BIN)/python -m pytest tests/unit -q
+
+format: setup ## format and fix what can be fixed
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+proto: setup ## generate cluster/wire/ from proto/
+	@$(BIN)/python deploy/proto_drift.py --write
+
+clean: ## remove the environment and caches
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
