@@ -6,6 +6,9 @@ and every call names its device: then a stage may be loaded on one thread and ru
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import mlx.core as mx
 
 from cluster.errors import UsageError
@@ -31,6 +34,17 @@ def open_device(name: str) -> mx.Device:
     _wire(device)
     mx.set_cache_limit(_FREED_BYTES_MAX)
     return device
+
+
+@contextmanager
+def nothing_kept() -> Iterator[None]:
+    """Buffers freed meanwhile go back to the machine at once: the pieces of a stack of experts, as large as the
+    stack, fit nothing that a load makes after them."""
+    kept_bytes = mx.set_cache_limit(0)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(kept_bytes)
 
 
 def _wire(device: mx.Device) -> None:

@@ -20,7 +20,7 @@ from cluster.types import Backend, SequenceId
 from node.engine import Capacity, Logits, Progress, Rewind, StageSpec
 from node.engines.mlx.arguments import read_arguments
 from node.engines.mlx.cache import KvCache, Lane
-from node.engines.mlx.device import open_device
+from node.engines.mlx.device import nothing_kept, open_device
 from node.engines.mlx.positions import LayerCache, Positions, StateCache, owned
 from node.engines.mlx.rehearsal import rehearse
 from node.engines.mlx.slicing import Piece, SlicedModel
@@ -94,7 +94,7 @@ class MlxEngine:
                 f"{spec.context_tokens}; ask for a context of {exact_tokens}"
             )
         device = open_device(spec.device)
-        with mx.stream(device):
+        with mx.stream(device), nothing_kept():
             sliced, weight_bytes = load_slice(checkpoint, arguments, spec, progress)
             cache = KvCache(
                 rehearse(sliced, spec),
