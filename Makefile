@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo serve-demo test check unit format proto clean
+.PHONY: help setup demo serve-demo test check unit format proto docs clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,12 @@ format: setup ## format and fix what can be fixed
 
 proto: setup ## generate cluster/wire/ from proto/
 	@$(BIN)/python deploy/proto_drift.py --write
+
+docs: export OMP_NUM_THREADS = 1
+docs: setup ## run the oracle tests and write what they show to docs/models.md (minutes)
+	@rm -f docs/models.json
+	@$(BIN)/python -m pytest tests/oracle -q -p tests.oracle.recording --shown docs/models.json
+	@$(BIN)/python deploy/models_page.py --write
 
 clean: ## remove the environment and caches
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

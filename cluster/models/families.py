@@ -172,6 +172,11 @@ _WRAPPERS = {
 _LONG_ROPE = ("longrope", "su")
 
 
+def known_families() -> tuple[Family, ...]:
+    """Every row of the table."""
+    return tuple(_FAMILIES.values())
+
+
 def family_of(config: Mapping[str, object], where: str) -> tuple[Family, Mapping[str, object]]:
     """The family, and the configuration of the text model: the nested one of a vision-language checkpoint."""
     model_type = config.get("model_type")

@@ -41,7 +41,7 @@ class WholeMlxModel:
         while len(ids) < count:
             logits.append(self._forward(ids[-1:], caches)[-1])
             ids.append(int(logits[-1].argmax()))
-        return Reference(list(prompt), ids, np.stack(logits))
+        return Reference(list(prompt), ids, np.stack(logits), judge="mlx-lm")
 
     def _forward(self, tokens: Sequence[int], caches: list[Any]) -> npt.NDArray[np.float32]:
         return np.array(self._model(mx.array([list(tokens)]), cache=caches)[0].astype(mx.float32))

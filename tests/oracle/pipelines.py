@@ -18,6 +18,7 @@ from cluster.models.facts import read_facts
 from cluster.steps import Boundary, Draw, Row, Sampling
 from cluster.types import LayerRange, SequenceId
 from node.engine import Engine, StageSpec
+from tests.oracle import ledger
 
 Vector = npt.NDArray[np.float32]
 
@@ -58,12 +59,14 @@ def load_pipeline(makers: Sequence[Callable[[], Engine]], specs: Sequence[StageS
     for make, spec in zip(makers, specs, strict=True):
         engine = make()
         engine.load(spec, lambda progress: None)
+        ledger.loaded(engine, spec)
         engines.append(engine)
     return engines
 
 
 def run_step(engines: Sequence[Engine], rows: Sequence[Row]) -> npt.NDArray[np.float32]:
     """One ragged batch through every stage; returns the last one's logits."""
+    ledger.ran(engines)
     inputs: Boundary | None = None
     for engine in engines[:-1]:
         output = engine.step(rows, inputs)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from tests.checkpoints import SPECIALS, VOCABULARY
+from tests.oracle import ledger
 
 GAP_TOLERANCES = 20
 LAST_TOKENS = 32
@@ -29,6 +30,16 @@ class Reference:
     prompt: list[int]
     ids: list[int]
     logits: npt.NDArray[np.float32]
+    judge: str = "transformers"
+
+
+def assert_same(ids: Sequence[int], logits: npt.NDArray[np.float32], reference: Reference, *, tolerance: float) -> None:
+    """The check that mutants have to fail: `ids`, and the logits that they were drawn from, begin the continuation.
+    Where it is long enough to be decisive, the pipeline that ran last is entered in the ledger."""
+    np.testing.assert_allclose(logits, reference.logits[: len(logits)], rtol=0, atol=tolerance)
+    assert list(ids) == reference.ids[: len(ids)]
+    if len(ids) >= LAST_TOKENS:
+        ledger.equalled(reference.judge, tolerance)
 
 
 def check_reference(gaps: Sequence[float], ids: Sequence[int], tolerance: float) -> None:

@@ -18,7 +18,7 @@ from node.sampling import draw
 from tests.checkpoints import FAMILIES
 from tests.oracle.conftest import TOLERANCE
 from tests.oracle.pipelines import Vector, greedy, load_pipeline, ragged, row, stage_specs
-from tests.oracle.reference import Reference, random_prompt
+from tests.oracle.reference import Reference, assert_same, random_prompt
 
 Makers = tuple[Callable[[], Engine], ...]
 Checkpoints = Callable[[str], Path]
@@ -43,8 +43,7 @@ def pipeline(makers: Makers, folder: Path) -> list[Engine]:
 
 
 def assert_equal(ids: Sequence[int], logits: np.ndarray, reference: Reference) -> None:
-    np.testing.assert_allclose(logits, reference.logits[: len(logits)], rtol=0, atol=TOLERANCE)
-    assert list(ids) == reference.ids[: len(ids)]
+    assert_same(ids, logits, reference, tolerance=TOLERANCE)
 
 
 @pytest.mark.parametrize("makers", MIXED)

@@ -1,0 +1,101 @@
+"""Writes docs/models.md from docs/models.json, or (without --write) fails when the page is not what follows from it.
+
+The second file is what tests/oracle showed when it last ran (`make docs`); the page says nothing that is not in it,
+except which engines refuse a family, which is in the table of families.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from cluster.models.families import known_families
+from cluster.models.family import Family
+from cluster.types import Backend
+
+ROOT = Path(__file__).resolve().parent.parent
+SHOWN, PAGE = ROOT / "docs" / "models.json", ROOT / "docs" / "models.md"
+FULL_PRECISION = "full precision"
+
+Shown = Mapping[str, object]
+"""One line of the file: family, format, dtype, engines (of the stages, in order), judge and tolerance."""
+
+HEAD = """# Models that run, as the tests showed it
+
+Made by `make docs` from what the tests in `tests/oracle` showed; nothing here was written by hand, and nothing is
+here that no passing test showed. Each entry is a pipeline of one to three stages, from a tiny random checkpoint of the
+family as `save_pretrained` or the format's own tools write it. Its greedy text of 32 tokens and more was the text of
+the whole model in one process, and no logit (they are about ten wide) differed by more than the tolerance. The library
+after the tolerance is the one that ran the whole model; of a packed checkpoint, with the same packed weights or with
+what they unpack to. Where MLX stands alone it is mostly held to `mlx-lm`'s own numbers, which is stricter.
+
+A dash: no test shows it. *refused*: the engine does not load such a model, and says why.
+
+| Family | Format | torch | MLX | torch and MLX mixed |
+|---|---|---|---|---|
+"""
+
+
+def render(shown: Sequence[Shown], families: Sequence[Family]) -> str:
+    """The page."""
+    by_row: dict[tuple[object, str], list[Shown]] = defaultdict(list)
+    for entry in shown:
+        name = f"{entry['format']}" + ("" if entry["dtype"] == "float32" else f", in {entry['dtype']}")
+        by_row[entry["family"], name].append(entry)
+    lines = []
+    for family in families:
+        formats = sorted((name for of, name in by_row if of == family.model_type), key=_full_precision_first)
+        for place, name in enumerate(formats or [FULL_PRECISION]):
+            title = f"{family.title} (`{family.model_type}`)" if place == 0 else ""
+            cells = [_cell(kind, by_row[family.model_type, name], family) for kind in ("torch", "mlx", "mixed")]
+            lines.append(f"| {title} | {name} | {' | '.join(cells)} |")
+    return HEAD + "\n".join(lines) + "\n"
+
+
+def _full_precision_first(name: str) -> tuple[bool, str]:
+    return not name.startswith(FULL_PRECISION), name
+
+
+def _cell(kind: str, row: Iterable[Shown], family: Family) -> str:
+    needed = {Backend(kind)} if kind != "mixed" else set(Backend)
+    if not needed <= family.engines:
+        return "*refused*"
+    entries = [entry for entry in row if _kind(entry) == kind]
+    if not entries:
+        return "–"
+    counts = sorted({len(_engines(entry)) for entry in entries})
+    stages = "1 stage" if counts == [1] else f"{' or '.join(map(str, counts))} stages"
+    judges = sorted({(float(str(entry["tolerance"])), str(entry["judge"])) for entry in entries})
+    return f"{stages}; {', '.join(f'{tolerance:g} {judge}' for tolerance, judge in judges)}"
+
+
+def _engines(entry: Shown) -> Sequence[str]:
+    engines = entry["engines"]
+    assert isinstance(engines, list)
+    return engines
+
+
+def _kind(entry: Shown) -> str:
+    engines = set(_engines(entry))
+    return engines.pop() if len(engines) == 1 else "mixed"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="write the page instead of comparing it")
+    arguments = parser.parse_args()
+    page = render(json.loads(SHOWN.read_text()), known_families())
+    if arguments.write:
+        PAGE.write_text(page)
+    elif PAGE.read_text() != page:
+        print(f"{PAGE.relative_to(ROOT)} does not follow from {SHOWN.name}; run `make docs`", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""docs/models.md says what passing tests showed, and nothing else."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+from cluster.models.families import known_families
+from cluster.types import Backend
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("models_page", ROOT / "deploy" / "models_page.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+page = _load()
+
+
+def shown(family: str, *engines: str, tolerance: float = 5e-4, **fields: str) -> dict[str, object]:
+    entry = {"family": family, "format": "full precision", "dtype": "float32", "judge": "transformers", **fields}
+    return {**entry, "engines": list(engines), "tolerance": tolerance}
+
+
+def rows(*entries: dict[str, object]) -> list[list[str]]:
+    """The cells of the table's rows."""
+    lines = page.render(entries, known_families()).partition("|---|---|---|---|---|\n")[2].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_a_cell_tells_stages_tolerance_and_judge() -> None:
+    cells = rows(shown("llama", "torch"), shown("llama", "torch", "torch"), shown("llama", "mlx", "torch", "mlx"))[0]
+    assert cells == [
+        "Llama (`llama`)",
+        "full precision",
+        "1 or 2 stages; 0.0005 transformers",
+        "–",
+        "3 stages; 0.0005 transformers",
+    ]
+
+
+def test_every_family_has_a_row_and_what_nobody_showed_is_a_dash_or_a_refusal() -> None:
+    found = {cells[0]: cells[2:] for cells in rows()}
+    assert len(found) == len(known_families())
+    for family in known_families():
+        able = [family.engines >= {Backend.TORCH}, family.engines >= {Backend.MLX}, len(family.engines) == 2]
+        assert found[f"{family.title} (`{family.model_type}`)"] == ["–" if does else "*refused*" for does in able]
+
+
+def test_packed_formats_and_narrower_types_follow_in_rows_of_their_own() -> None:
+    entries = [shown("llama", "mlx", format="AWQ"), shown("llama", "mlx"), shown("llama", "mlx", dtype="bfloat16")]
+    assert [cells[1] for cells in rows(*entries)[:3]] == ["full precision", "full precision, in bfloat16", "AWQ"]
