@@ -1,0 +1,139 @@
+"""One matrix of an AWQ, GPTQ or compressed-tensors checkpoint, in the affine form that stays in memory.
+
+All three quantise a row's inputs in groups as `(q - zero) * scale`. That is `q * scale + bias` with `bias = -zero *
+scale`: MLX's affine packing, row by row, the first input in the lowest bits of a word. Nothing is rounded on the way:
+words are moved, scales keep their type, and a bias that this type could not hold exactly is float32. Shapes were
+checked against the configuration before; values are checked here. Knows nothing of files, names or modules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from cluster.errors import ModelError
+from cluster.quantities import MIB
+
+_TRANSIENT_BYTES = 32 * MIB
+"""Of unpacked inputs at a time, where columns have to change places."""
+
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""The rows whose values an AWQ word holds, from its lowest bits up; AutoAWQ's kernels unpack pairs in this order."""
+
+_WORD_BITS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """A matrix [rows, inputs] as `words * scales + biases`, group by group."""
+
+    words: torch.Tensor  # int32 [rows, inputs * bits / 32]
+    scales: torch.Tensor  # [rows, groups]
+    biases: torch.Tensor  # [rows, groups]
+    inputs: torch.Tensor | None = None  # int64: the input that each packed column belongs to; None in their order
+
+
+def from_awq(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) -> Affine:
+    """Four bits: qweight [inputs, rows / 8], qzeros [groups, rows / 8] and scales [groups, rows]."""
+    inputs, per_word = qweight.shape[0], len(_AWQ_ORDER)
+    blocks = qweight.view(inputs // per_word, per_word, -1)
+    words = qweight.new_empty(qweight.shape[1], per_word, inputs // per_word)
+    for place, row in enumerate(_AWQ_ORDER):
+        codes = (blocks >> (4 * place)) & 15
+        packed = codes[:, 0]
+        for column in range(1, per_word):
+            packed = packed | (codes[:, column] << (4 * column))
+        words[:, row] = packed.T
+    zeros = torch.stack([(qzeros >> (4 * _AWQ_ORDER.index(row))) & 15 for row in range(per_word)], dim=-1)
+    scales = scales.T.contiguous()
+    return Affine(words.flatten(0, 1), scales, _biases(scales, zeros.flatten(1).T))
+
+
+def from_gptq(
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    g_idx: torch.Tensor | None,
+    *,
+    bits: int,
+    zeros_are_one_less: bool,
+) -> Affine:
+    """qweight [inputs * bits / 32, rows], qzeros [groups, rows * bits / 32], scales [groups, rows], g_idx [inputs].
+
+    Files of the first version (`checkpoint_format: gptq`) hold zeros less one. The one is subtracted from whole words
+    there, and added to whole words here, so that the carry of a zero that was 0 finds its way back.
+    """
+    if zeros_are_one_less:
+        qzeros = qzeros + sum(1 << place for place in range(0, _WORD_BITS, bits))
+    scales = scales.T.contiguous()
+    biases = _biases(scales, _values(qzeros, bits).T)
+    return _ordered(Affine(qweight.T.contiguous(), scales, biases), g_idx, bits)
+
+
+def from_pack_quantized(
+    weight_packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero_point: torch.Tensor | None,
+    weight_g_idx: torch.Tensor | None,
+    *,
+    bits: int,
+) -> Affine:
+    """weight_packed [rows, inputs * bits / 32], weight_scale [rows, groups], weight_g_idx [inputs].
+
+    Integers are signed and stored with half their range added; what is added to both `q` and zero cancels out.
+    Zeros are packed along the rows [rows * bits / 32, groups], or none in a symmetric file: half the range then.
+    """
+    rows, zeros = weight_scale.shape[0], None
+    if weight_zero_point is not None:
+        zeros = _values(weight_zero_point.T.contiguous(), bits)[:, :rows].T
+    biases = _biases(weight_scale, zeros, symmetric=1 << (bits - 1))
+    if weight_g_idx is not None and bool((weight_g_idx == -1).all()):
+        weight_g_idx = None  # as written for a matrix that was never reordered
+    return _ordered(Affine(weight_packed, weight_scale, biases), weight_g_idx, bits)
+
+
+def _biases(scales: torch.Tensor, zeros: torch.Tensor | None, *, symmetric: int = 0) -> torch.Tensor:
+    """Exact: a power of two times a scale in the scale's type; any other zero has up to eight bits more, in float32."""
+    if zeros is None:
+        return scales * -symmetric
+    return -(scales.float() * zeros)
+
+
+def _ordered(matrix: Affine, groups: torch.Tensor | None, bits: int) -> Affine:
+    """The matrix with the columns of each group side by side, given the group of each column (`desc_act`)."""
+    count = matrix.scales.shape[1]
+    if groups is None:
+        return matrix
+    width = groups.numel() // count
+    in_order = torch.arange(count, dtype=groups.dtype).repeat_interleave(width)
+    if torch.equal(groups, in_order):
+        return matrix
+    inputs = torch.argsort(groups, stable=True)
+    if not torch.equal(groups[inputs], in_order):
+        raise ModelError(
+            f"expected {width} columns in each of {count} groups, found g_idx from {int(groups.min())} to "
+            f"{int(groups.max())} in other numbers; download the model again"
+        )
+    words = torch.empty_like(matrix.words)
+    step = max(1, _TRANSIENT_BYTES // inputs.numel())
+    for first in range(0, words.shape[0], step):
+        values = _values(matrix.words[first : first + step], bits)
+        words[first : first + step] = _packed(values[:, inputs], bits)
+    return Affine(words, matrix.scales, matrix.biases, inputs)
+
+
+def _values(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """The integers in words along the last axis, as uint8."""
+    mask = (1 << bits) - 1
+    parts = [((words >> place) & mask).to(torch.uint8) for place in range(0, _WORD_BITS, bits)]
+    return torch.stack(parts, dim=-1).flatten(-2)
+
+
+def _packed(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """The inverse of `_values`."""
+    parts = values.unflatten(-1, (-1, _WORD_BITS // bits))
+    words = parts[..., 0].to(torch.int32)
+    for place in range(1, _WORD_BITS // bits):
+        words = words | (parts[..., place].to(torch.int32) << (place * bits))
+    return words
