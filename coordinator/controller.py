@@ -1,4 +1,4 @@
-"""The coordinator's life: open the model, gather nodes, plan, install, serve; and again when a plan breaks.
+"""The coordinator's life with an open model: gather nodes, plan, install, serve; and again when a plan breaks.
 
 Wires the parts together and owns their order. Decisions live in `gathering`, `placement` and `scheduler`;
 this file only carries them out.
@@ -8,26 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from cluster.errors import LoadFailed, ModelError, NodeLost, PotluckError, UsageError
+from cluster.errors import LoadFailed, NodeLost, PotluckError
 from cluster.limits import FIRST_STEP_TIMEOUT_S
-from cluster.models.checkpoint import Checkpoint, open_checkpoint
-from cluster.models.facts import ModelFacts, read_facts
-from cluster.models.manifest import Manifest, build_manifest
 from cluster.nodes import NodeFacts
 from cluster.placement import Ask
 from cluster.plan import Fence, Plan
 from cluster.transport import Credentials
 from cluster.types import DeploymentId, Epoch, HostId, NodeId
 from coordinator.gathering import Wait, decide
-from coordinator.happenings import Interrupted, ModelOpened, Planned, Ready, Tell, Waiting, Working
-from coordinator.hub import ResolvedModel
+from coordinator.happenings import Interrupted, Planned, Ready, Tell, Waiting
 from coordinator.install import Source, install
+from coordinator.opening import OpenModel
 from coordinator.roster import Roster
 from coordinator.scheduler import Room
 from coordinator.service import InferenceService
@@ -38,54 +33,6 @@ _RETRY_MAX_S = 30.0
 _STEADY_S = 30.0
 """Between a broken plan and the next: what fails at once must not make the coordinator spin. A node that comes
 or goes ends the wait, since it makes another plan."""
-
-
-@dataclass(frozen=True, slots=True)
-class OpenModel:
-    """A model whose files have been read and hashed."""
-
-    resolved: ResolvedModel
-    checkpoint: Checkpoint
-    facts: ModelFacts
-    manifest: Manifest
-
-
-async def open_model(resolved: ResolvedModel, ask: Ask, cache: Path, tell: Tell) -> OpenModel:
-    """Read the headers and hash the files; the hashes are remembered, so that this is long only once."""
-    loop = asyncio.get_running_loop()
-
-    cancelled = threading.Event()
-
-    def on_progress(done_bytes: int, total_bytes: int) -> None:
-        if cancelled.is_set():
-            raise ModelError("reading the model was cancelled")  # ends the thread; nobody sees it
-        loop.call_soon_threadsafe(tell, Working("reading the model", done_bytes, total_bytes))
-
-    checkpoint = await asyncio.to_thread(open_checkpoint, resolved.folder)
-    facts = await asyncio.to_thread(read_facts, checkpoint)
-    if ask.context is not None and ask.context > facts.context_tokens:
-        raise UsageError(
-            f"--context {ask.context} is more than the {facts.context_tokens} tokens that {resolved.name} was made for"
-        )
-    if ask.stages_min > facts.layer_count:
-        raise UsageError(
-            f"{resolved.name} has {facts.layer_count} layers, so at most {facts.layer_count} nodes get one each; "
-            f"--min-nodes asks for {ask.stages_min}"
-        )
-    tell(ModelOpened(resolved.name, facts))
-    try:
-        manifest = await asyncio.to_thread(
-            build_manifest,
-            checkpoint,
-            name=resolved.name,
-            revision=resolved.revision,
-            source=resolved.source,
-            cache=cache,
-            progress=on_progress,
-        )
-    finally:
-        cancelled.set()
-    return OpenModel(resolved, checkpoint, facts, manifest)
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,6 +118,11 @@ class Generator(Protocol):
         """What the coordinator is doing, in a word or two: waiting for nodes, loading, serving."""
         ...
 
+    @property
+    def reason(self) -> str:
+        """Why it does not serve, and how far it is; empty while it does."""
+        ...
+
     def status(self) -> Mapping[str, object]:
         """Everything that a status page shows, ready for JSON."""
         ...

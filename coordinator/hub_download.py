@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import queue
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -141,6 +142,7 @@ class _Download:
         self._commit = commit
         self._files = files
         self._cancelled = cancelled
+        self._stop = threading.Event()  # of the streams: set when one of them fails, too
         cache = Path(constants.HF_HUB_CACHE).expanduser()
         self._blobs = cache / repo_folder_name(repo_id=repository, repo_type="model") / "blobs"
 
@@ -153,12 +155,18 @@ class _Download:
         sizes = {name: self._files[name].size_bytes for name in (*small, *(file.name for file in weights))}
         advance = counting(sum(sizes.values()), progress)
         advance(sum(sizes.values()) - sum(file.size_bytes for file in streamed))
-        self._stream_all(streamed, advance)
+        side_by_side([partial(self._stream, file, advance) for file in streamed], self._cancelled, self._stop)
         return self._snapshot(list(sizes))  # links the blobs, and fetches what was not streamed
 
     def _snapshot(self, names: Sequence[str]) -> Path:
-        found = snapshot_download(self._repository, revision=self._commit, allow_patterns=list(names))
-        return Path(found)
+        """Have the library fetch or link these files; the folder that they are in."""
+
+        def fetch(name: str) -> None:
+            hf_hub_download(self._repository, name, revision=self._commit)
+
+        side_by_side([partial(fetch, name) for name in names], self._cancelled)
+        folder = repo_folder_name(repo_id=self._repository, repo_type="model")
+        return Path(constants.HF_HUB_CACHE).expanduser() / folder / "snapshots" / self._commit
 
     def _is_streamed(self, file: HubFile) -> bool:
         """Not what is here, not what the hub gives no hash for, and not what it refuses to plain HTTP."""
@@ -178,24 +186,9 @@ class _Download:
                 "space there, or set HF_HOME to a folder on a larger disk"
             )
 
-    def _stream_all(self, files: Sequence[HubFile], advance: Advance) -> None:
-        stop = threading.Event()
-        with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
-            try:
-                jobs = {threads.submit(self._stream(file, advance, stop).fetch) for file in files}
-                while jobs:
-                    done, jobs = wait(jobs, timeout=_POLL_S, return_when=FIRST_EXCEPTION)
-                    for job in done:
-                        job.result()
-                    if self._cancelled.is_set():
-                        stop.set()
-            except BaseException:  # also Ctrl-C: the threads end at their next piece
-                stop.set()
-                raise
-
-    def _stream(self, file: HubFile, advance: Advance, stop: threading.Event) -> BlobStream:
+    def _stream(self, file: HubFile, advance: Advance) -> None:
         url = hf_hub_url(self._repository, file.name, revision=self._commit)
-        return BlobStream(url, file, self._blobs, advance, stop)
+        BlobStream(url, file, self._blobs, advance, self._stop).fetch()
 
 
 def _remember_revision(repository: str, revision: str, commit: str) -> None:
@@ -205,6 +198,45 @@ def _remember_revision(repository: str, revision: str, commit: str) -> None:
         reference = storage / "refs" / revision
         reference.parent.mkdir(parents=True, exist_ok=True)
         reference.write_text(commit, encoding="ascii")
+
+
+def side_by_side(
+    jobs: Sequence[Callable[[], None]], cancelled: threading.Event, stop: threading.Event | None = None
+) -> None:
+    """Do all jobs, a few at a time; `stop` is set when one fails or `cancelled` is. Nobody waits for a job that a
+    silent hub holds: its thread keeps no process alive, and what it has written so far is good."""
+    waiting: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+    ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+    over = stop or threading.Event()
+
+    def work() -> None:
+        while not over.is_set():
+            try:
+                job = waiting.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                job()
+                ended.put(None)
+            except BaseException as error:  # noqa: BLE001 - carried over to whoever waits
+                ended.put(error)
+
+    for job in jobs:
+        waiting.put(job)
+    for number in range(min(_FILES_AT_ONCE, len(jobs))):
+        threading.Thread(target=work, name=f"download {number}", daemon=True).start()
+    try:
+        left = len(jobs)
+        while left:
+            if cancelled.is_set():
+                raise ModelError("the download was broken off; it goes on there the next time")
+            with contextlib.suppress(queue.Empty):
+                error = ended.get(timeout=_POLL_S)
+                left -= 1
+                if error is not None:
+                    raise error
+    finally:
+        over.set()
 
 
 class _Unreachable(ModelError):

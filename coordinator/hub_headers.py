@@ -10,7 +10,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import constants, get_session, hf_hub_url, snapshot_download
+from huggingface_hub import constants, get_session, hf_hub_download, hf_hub_url
 from huggingface_hub.utils import (  # type: ignore[attr-defined]
     build_hf_headers,
     disable_progress_bars,
@@ -41,9 +41,8 @@ def peek(repository: str, revision: str | None) -> Checkpoint:
         folder = Path(scratch)
         commit, files = list_files(repository, branch)
         small = [name for name in (CONFIG_FILE, INDEX_FILE) if name in files]
-        snapshot = Path(snapshot_download(repository, revision=commit, allow_patterns=small))
         for name in small:
-            (folder / name).write_bytes((snapshot / name).read_bytes())
+            (folder / name).write_bytes(Path(hf_hub_download(repository, name, revision=commit)).read_bytes())
         for name in weights_of(set(files), folder):
             _write_hollow(folder / name, hf_hub_url(repository, name, revision=commit), files[name].size_bytes)
         return open_checkpoint(folder)

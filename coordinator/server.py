@@ -18,17 +18,18 @@ from cluster.errors import ClusterError, NoMulticast
 from cluster.identity import host_id
 from cluster.interfaces import Interface, best_addresses, choose_interfaces, host_port, read_interfaces
 from cluster.placement import Ask
+from cluster.quantities import format_bytes
 from cluster.state_dir import StateDir
 from cluster.transport import Credentials, create_server
 from cluster.types import CoordinatorId, NodeId
 from cluster.wire.node_pb2_grpc import add_CoordinatorServicer_to_server, add_WeightsServicer_to_server
 from coordinator.api.app import create_app
-from coordinator.controller import Controller, OpenModel, Wish, open_model
+from coordinator.controller import Controller, Wish
 from coordinator.generation import ServedModel
-from coordinator.happenings import Listening, Tell
+from coordinator.happenings import Happening, Listening, Tell, Working
 from coordinator.http import serve_http
-from coordinator.hub import ResolvedModel
 from coordinator.membership_service import CoordinatorService
+from coordinator.opening import OpenModel, WantedModel, open_model
 from coordinator.roster import Roster
 from coordinator.service import InferenceService
 from coordinator.status import status_of
@@ -40,7 +41,7 @@ from coordinator.weights import WeightServer
 class ServeOptions:
     """What `potluck serve` was told, checked."""
 
-    model: ResolvedModel
+    model: WantedModel
     http: socket.socket  # bound already
     http_host: str
     cluster: str
@@ -143,12 +144,13 @@ class Coordinator:
 
     async def _control(self, port: int) -> None:
         options = self._options
-        model = self._model = await open_model(options.model, options.ask, options.state.path / "hashes", self._tell)
-        text = await asyncio.to_thread(load_text_model, options.model.folder)
-        self._weights.add(model.manifest, options.model.folder)
+        model = await open_model(options.model, options.ask, options.state.path / "hashes", self._tell_opening)
+        self._model = model
+        text = await asyncio.to_thread(load_text_model, model.resolved.folder)
+        self._weights.add(model.manifest, model.resolved.folder)
         self._service.set_model(
             ServedModel(
-                name=options.model.name,
+                name=model.resolved.name,
                 aliases=frozenset(),
                 created_s=int(time.time()),
                 vocab_size=model.facts.vocab_size,
@@ -160,14 +162,20 @@ class Coordinator:
         self._controller = Controller(model, wish, self._roster, self._service, self._credentials, port, self._tell)
         await self._controller.run()
 
+    def _tell_opening(self, happening: Happening) -> None:
+        """Whoever asks the endpoint meanwhile is told how far it is."""
+        if isinstance(happening, Working):
+            done = f"{format_bytes(happening.done_bytes)} of {format_bytes(happening.total_bytes)}"
+            self._service.set_phase("opening the model", f"{happening.what}: {done}")
+        self._tell(happening)
+
     def _status(self) -> Mapping[str, object]:
         return status_of(
             cluster=self._options.cluster,
             phase=self._service.phase(),
             reason=self._service.reason,
             join=self._join,
-            model=self._options.model.name,
-            facts=self._model.facts if self._model else None,
+            model=self._model,
             roster=self._roster,
             plan=self._controller.plan if self._controller else None,
             serving=self._controller.serving if self._controller else None,

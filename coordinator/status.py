@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from cluster.models.facts import ModelFacts
 from cluster.plan import Plan
 from cluster.types import NodeId
+from coordinator.opening import OpenModel
 from coordinator.roster import Member, Roster
 from coordinator.serving import Serving
 from coordinator.telemetry import TokenTime
@@ -18,8 +19,7 @@ def status_of(
     phase: str,
     reason: str,
     join: tuple[str, ...],
-    model: str,
-    facts: ModelFacts | None,
+    model: OpenModel | None,
     roster: Roster,
     plan: Plan | None,
     serving: Serving | None,
@@ -32,7 +32,7 @@ def status_of(
         "phase": phase,
         "reason": reason,
         "join_addresses": list(join),
-        "model": None if facts is None else _model(model, facts),
+        "model": None if model is None else _model(model.resolved.name, model.facts),
         "nodes": [_node(member, stage_of.get(member.facts.id)) for member in members.values()],
         "turned_away": [{"who": who, "reason": why} for who, why in roster.turned_away.items()],
         "plan": None if plan is None else _plan(plan, members),

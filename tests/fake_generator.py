@@ -60,6 +60,7 @@ class FakeGenerator:
         self.cancelled: list[tuple[str, int]] = []
         self.finished: list[str] = []  # requests whose generator has run to its end or been closed
         self.readiness = Ready(True, "")
+        self.reason = ""
         self.begun = asyncio.Event()  # the first request has arrived
 
     def model(self) -> ServedModel | None:

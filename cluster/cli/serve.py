@@ -15,9 +15,10 @@ from cluster.errors import UsageError
 from cluster.interfaces import host_port
 from cluster.placement import Ask
 from cluster.state_dir import StateDir, default_state_path
-from coordinator.happenings import Happening, Listening, Starting, Tell, Working
+from coordinator.happenings import Happening, Listening, Starting, Tell
 from coordinator.http import listen
-from coordinator.hub import ResolvedModel, resolve_model
+from coordinator.hub import parse_model
+from coordinator.opening import WantedModel
 from coordinator.server import Coordinator, ServeOptions, coordinator_state
 from node.supervisor import supervise
 
@@ -58,9 +59,9 @@ def serve_command(command: ServeCommand) -> int:
     with listener, StateDir(coordinator_state(root)) as state:
         tell = teller(command.as_json)
         tell(Starting(url))
-        model = _resolve(command, tell)
+        parse_model(command.model)  # a wrong one ends this before anything begins; nothing is downloaded yet
         options = ServeOptions(
-            model=model,
+            model=WantedModel(command.model, command.revision),
             http=listener,
             http_host=command.host,
             cluster=command.cluster,
@@ -89,13 +90,6 @@ def parse_context(text: str) -> int | None:
             f"expected --context auto or a number of tokens such as 8192 (at least {_CONTEXT_MIN}), found {text!r}"
         )
     return int(text)
-
-
-def _resolve(command: ServeCommand, tell: Tell) -> ResolvedModel:
-    def on_progress(done_bytes: int, total_bytes: int) -> None:
-        tell(Working(f"downloading {command.model}", done_bytes, total_bytes))
-
-    return resolve_model(command.model, revision=command.revision, progress=on_progress)
 
 
 async def _serve(options: ServeOptions, command: ServeCommand, root: Path, tell: Tell, stop: asyncio.Event) -> None:

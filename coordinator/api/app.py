@@ -121,8 +121,8 @@ class _Pages:
         return _json(_describe(model))
 
     async def health(self, request: Request) -> Response:
-        """The process is alive. Whether it can answer is /ready's to say."""
-        return _json({"status": "ok", "phase": self._service.phase()})
+        """The process is alive, and what it does. Whether it can answer is /ready's to say."""
+        return _json({"status": "ok", "phase": self._service.phase(), "reason": self._service.reason or None})
 
     async def ready(self, request: Request) -> Response:
         ready = await self._service.ready()

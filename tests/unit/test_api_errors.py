@@ -253,7 +253,7 @@ def test_the_model_is_described_under_its_names() -> None:
 
 def test_health_ready_and_status() -> None:
     generator = FakeGenerator()
-    assert client(generator).get("/health").json() == {"status": "ok", "phase": "serving"}
+    assert client(generator).get("/health").json() == {"status": "ok", "phase": "serving", "reason": None}
     assert client(generator).get("/potluck/status").json() == {"nodes": ["a"]}
     assert client(generator).get("/ready").json() == {"ready": True, "reason": None}
     generator.readiness = Ready(False, "no token came out")

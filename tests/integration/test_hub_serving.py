@@ -1,0 +1,99 @@
+"""`potluck serve org/name` with a hub on loopback: the endpoint answers while the model is still on its way."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+
+from cluster.cli.child import running
+from coordinator.builtin import demo_model_path
+from tests.integration.hub_server import Hub, Repository, hub_server
+from tests.integration.live import START_S, Coordinator, eventually, new_cluster, serving
+
+_COMMIT = "3" * 40
+_STALL_AFTER_BYTES = 2 * 1024 * 1024
+
+STOPPED_S = 2.0
+"""What is promised of SIGTERM; tests allow three times as much."""
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    """A hub with the built-in model, as if somebody had published it."""
+    shutil.copytree(demo_model_path(), tmp_path / "published", ignore=shutil.ignore_patterns("__*"))
+    with hub_server() as hub:
+        hub.repositories["org/tiny"] = Repository(tmp_path / "published", _COMMIT)
+        yield hub
+
+
+def _environment(hub: Hub, home: Path) -> dict[str, str]:
+    return {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DOWNLOAD_TIMEOUT": "60", "HF_HUB_OFFLINE": "0"}
+
+
+def _serving(hub: Hub, folder: Path) -> AbstractContextManager[Coordinator]:
+    options = ["--no-local-node", "--no-mdns"]
+    env = _environment(hub, folder / "home")
+    return serving("org/tiny", new_cluster(), folder / "state", *options, context=64, users=1, env=env)
+
+
+def _parts(folder: Path) -> int:
+    blobs = folder / "home" / "hub" / "models--org--tiny" / "blobs"
+    return sum(path.stat().st_size for path in blobs.glob("*.incomplete"))
+
+
+@contextmanager
+def _stalled(hub: Hub, folder: Path) -> Iterator[Coordinator]:
+    """A coordinator whose download stands still in the middle."""
+    hub.stall_after_bytes = _STALL_AFTER_BYTES
+    with _serving(hub, folder) as coordinator:
+        eventually(lambda: _parts(folder) >= _STALL_AFTER_BYTES, "half of the model is here", START_S)
+        yield coordinator
+
+
+def test_the_endpoint_says_how_far_the_download_is(hub: Hub, tmp_path: Path) -> None:
+    with _stalled(hub, tmp_path) as coordinator:
+        health = coordinator.get("/health")
+        assert (health.status_code, health.json()["status"]) == (200, "ok")
+        assert "downloading org/tiny: 2." in health.json()["reason"], health.text
+        assert "MiB of 6.9 MiB" in health.json()["reason"]
+        assert coordinator.get("/ready").status_code == 503
+        assert "downloading org/tiny" in coordinator.status()["reason"]
+        refused = coordinator.post("/v1/completions", {"prompt": "hello"})
+        assert refused.status_code == 503
+        assert "downloading org/tiny" in refused.json()["error"]["message"]
+        hub.stall_after_bytes = None
+
+
+def test_a_stopped_download_ends_soon_and_goes_on_where_it_was(hub: Hub, tmp_path: Path) -> None:
+    with _stalled(hub, tmp_path) as coordinator:
+        began = time.monotonic()
+        os.kill(coordinator.process.pid, signal.SIGTERM)
+        eventually(lambda: coordinator.process.exit_code is not None, "the coordinator has ended")
+        took_s = time.monotonic() - began
+        assert coordinator.process.exit_code == 0, coordinator.process.output()
+        assert "Traceback" not in coordinator.process.output()
+        assert took_s < 3 * STOPPED_S
+    kept_bytes = _parts(tmp_path)
+    assert kept_bytes >= _STALL_AFTER_BYTES
+    hub.stall_after_bytes = None
+    hub.requests.clear()
+    with _serving(hub, tmp_path) as coordinator:
+        coordinator.process.wait_for("waiting", START_S)
+    asked_from = [first for method, path, first in hub.requests if path.startswith("/large/") and method == "GET"]
+    assert asked_from == [kept_bytes]
+
+
+def test_a_model_that_the_hub_does_not_have_ends_the_command(hub: Hub, tmp_path: Path) -> None:
+    arguments = ["serve", "org/other", "--cluster", new_cluster(), "--state", str(tmp_path / "state"), "--port", "0"]
+    with running("coordinator", [*arguments, "--no-mdns"], env=_environment(hub, tmp_path / "home")) as process:
+        eventually(lambda: process.exit_code is not None, "the coordinator has ended", START_S)
+        assert process.exit_code == 1
+        assert "shows no model org/other" in process.output()
+        assert "Traceback" not in process.output()
