@@ -50,6 +50,18 @@ CONFIG_BYTES_MAX: Final = 4 * MIB
 INDEX_BYTES_MAX: Final = 64 * MIB
 """A model.safetensors.index.json names every tensor once: 100,000 tensors take about 10 MiB."""
 
+GGUF_HEADER_BYTES_MAX: Final = 128 * MIB
+"""A GGUF file's metadata and tensor list. A vocabulary of 262,144 tokens with its merges takes about 12 MiB."""
+
+GGUF_ENTRIES_MAX: Final = 1 << 17
+"""Metadata entries or tensors of one GGUF file: files have some 50 and some 2,000."""
+
+GGUF_ITEMS_MAX: Final = 1 << 22
+"""Items of all lists in a GGUF file's metadata: 262,144 tokens, their scores and kinds, and some 500,000 merges."""
+
+GGUF_KEY_BYTES_MAX: Final = 65_535
+"""One metadata key or tensor name, by the format; real ones have fewer than 64."""
+
 MANIFEST_BYTES_MAX: Final = 64 * MIB
 """A manifest lists every tensor: a model of 100,000 tensors takes about 20 MiB."""
 
