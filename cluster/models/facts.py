@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from math import prod
 
 from cluster.errors import ModelError
-from cluster.models.checkpoint import Checkpoint, StoredTensor
+from cluster.models.checkpoint import Checkpoint
 from cluster.models.families import architecture_of, engines_for, family_of
 from cluster.models.family import Attention, Family
-from cluster.models.layout import Embedding, Head, Layer, Norm, head_is_tied, part_of, within_layer
-from cluster.models.shape import Quantization, Shape, read_quantization, read_shape
+from cluster.models.formats import READERS, Packing, Quantization, read_quantization
+from cluster.models.layout import Embedding, Head, Layer, Norm, Unused, head_is_tied, part_of, within_layer
+from cluster.models.matrices import Matrix, read_matrices
+from cluster.models.shape import Shape, read_shape
 from cluster.types import Backend, DType, TensorSpec
 
 _COMPUTE_DTYPES = frozenset({DType.F32, DType.BF16, DType.F16})
@@ -70,13 +72,15 @@ def read_facts(checkpoint: Checkpoint) -> ModelFacts:
     shape = read_shape(family, config, where)
     quantization = read_quantization(checkpoint.config, where)
     tied = head_is_tied(checkpoint)
-    parts = _Parts.of(checkpoint)
+    used = [tensor for tensor in checkpoint.tensors.values() if not isinstance(part_of(tensor.name), Unused)]
+    parts = _Parts.of(read_matrices(used, quantization, where))
     _leave_out_extra(parts, shape, config.get(family.extra_layers or ""))
     _check_ends(parts, shape, tied, where)
     _check_layers(parts, shape, family, where)
-    backends = _backends(family, config, quantization, where)
+    stated = {quantization.kind} if quantization else set()
+    backends = _backends(family, config, parts.packings | stated, where)
     dtype = _compute_dtype(parts, where)
-    embedding_bytes = _bytes_of(parts.embedding)
+    embedding_bytes = _most_bytes_of(parts.embedding, backends, dtype)
     return ModelFacts(
         architecture=architecture_of(checkpoint.config),
         model_type=family.model_type,
@@ -92,8 +96,8 @@ def read_facts(checkpoint: Checkpoint) -> ModelFacts:
             _layer_facts(parts.layers[index], shape, family, dtype, backends) for index in range(shape.layer_count)
         ),
         embedding_bytes=embedding_bytes,
-        head_bytes=embedding_bytes if tied else _bytes_of(parts.head),
-        norm_bytes=_bytes_of(parts.norm),
+        head_bytes=embedding_bytes if tied else _most_bytes_of(parts.head, backends, dtype),
+        norm_bytes=_most_bytes_of(parts.norm, backends, dtype),
         attention_width=_attention_width(parts, shape, family),
         mlp_width=shape.mlp_width,
         legal_cuts=frozenset(range(shape.layer_count)),  # no supported family shares state between layers
@@ -103,32 +107,34 @@ def read_facts(checkpoint: Checkpoint) -> ModelFacts:
 
 
 def _backends(
-    family: Family, config: Mapping[str, object], quantization: Quantization | None, where: str
+    family: Family, config: Mapping[str, object], packings: frozenset[Packing], where: str
 ) -> frozenset[Backend]:
-    """Engines that compute the family exactly and read the format. MLX's packed formats run on MLX alone for now, and
-    stay packed in its memory. In full precision both engines keep the tensors as they are stored."""
+    """Engines that compute the family exactly and read every format that its files hold."""
     able = engines_for(family, config)
-    backends = able & {Backend.MLX} if quantization else able
+    backends = able.intersection(*(READERS[packing] for packing in packings))
     if not backends:
-        format_name = "MLX's packed format" if quantization else "full precision"
+        format_name = " and ".join(sorted(packings - {Packing.NONE})) or "full precision"
         runs_on = " and ".join(sorted(able)) or "no engine"
-        raise ModelError(f"{where}: no engine runs {family.title} in {format_name}; {runs_on} computes this model")
+        raise ModelError(
+            f"{where}: no engine runs {family.title} stored as {format_name}; {runs_on} computes this model in full "
+            "precision. Use another version of it"
+        )
     return backends
 
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """The checkpoint's tensors by part; those of a layer by their name within it."""
+    """The checkpoint's matrices by part; those of a layer by their name within it."""
 
-    embedding: dict[str, StoredTensor]
-    norm: dict[str, StoredTensor]
-    head: dict[str, StoredTensor]
-    layers: dict[int, dict[str, StoredTensor]]
+    embedding: dict[str, Matrix]
+    norm: dict[str, Matrix]
+    head: dict[str, Matrix]
+    layers: dict[int, dict[str, Matrix]]
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> _Parts:
+    def of(cls, matrices: Mapping[str, Matrix]) -> _Parts:
         parts = cls({}, {}, {}, defaultdict(dict))
-        for tensor in checkpoint.tensors.values():
+        for tensor in matrices.values():
             name = within_layer(tensor.name)
             match part_of(tensor.name):
                 case Embedding():
@@ -141,13 +147,23 @@ class _Parts:
                     parts.layers[index][name] = tensor
         return parts
 
+    @property
+    def packings(self) -> frozenset[Packing]:
+        parts = (self.embedding, self.norm, self.head, *self.layers.values())
+        return frozenset(tensor.packing for part in parts for tensor in part.values())
 
-def _bytes_of(tensors: Mapping[str, StoredTensor]) -> int:
-    return sum(tensor.size_bytes for tensor in tensors.values())
+
+def _bytes_of(tensors: Mapping[str, Matrix], backends: Iterable[Backend], dtype: DType) -> dict[Backend, int]:
+    """What the tensors take in each engine's memory."""
+    return {backend: sum(tensor.resident_bytes(backend, dtype) for tensor in tensors.values()) for backend in backends}
+
+
+def _most_bytes_of(tensors: Mapping[str, Matrix], backends: Iterable[Backend], dtype: DType) -> int:
+    return max(_bytes_of(tensors, backends, dtype).values())
 
 
 def _check_ends(parts: _Parts, shape: Shape, tied: bool, where: str) -> None:
-    """The first axis of each end is what the configuration says. Packing changes only the last axis of a matrix."""
+    """The first axis of each end is what the configuration says."""
     ends = [
         ("embedding", parts.embedding, shape.vocab_size, "vocab_size"),
         ("final norm", parts.norm, shape.hidden_size, "hidden_size"),
@@ -206,21 +222,20 @@ def _check_layers(parts: _Parts, shape: Shape, family: Family, where: str) -> No
 
 def _compute_dtype(parts: _Parts, where: str) -> DType:
     """What the embedding yields: its own type, its scales' when it is packed, the norm's when those are packed too."""
-    candidates = [parts.embedding["weight"], parts.embedding.get("scales"), parts.norm["weight"]]
-    for tensor in candidates:
-        if tensor is not None and tensor.dtype in _COMPUTE_DTYPES:
-            return tensor.dtype
+    for matrix in (parts.embedding["weight"], parts.norm["weight"]):
+        if matrix.dtype in _COMPUTE_DTYPES:
+            return matrix.dtype
     raise ModelError(
         f"{where}: the embedding is stored as {parts.embedding['weight'].dtype}; expected "
-        f"{', '.join(sorted(_COMPUTE_DTYPES))}, or a packed format of MLX. Use another version of this model"
+        f"{', '.join(sorted(_COMPUTE_DTYPES))}, or a packed format. Use another version of this model"
     )
 
 
 def _layer_facts(
-    tensors: Mapping[str, StoredTensor], shape: Shape, family: Family, dtype: DType, backends: Iterable[Backend]
+    tensors: Mapping[str, Matrix], shape: Shape, family: Family, dtype: DType, backends: Iterable[Backend]
 ) -> LayerFacts:
-    stored = _bytes_of(tensors)
-    experts = sum(tensor.size_bytes for name, tensor in tensors.items() if _is_expert(name))
+    stored = sum(tensor.stored_bytes for tensor in tensors.values())
+    experts = sum(tensor.stored_bytes for name, tensor in tensors.items() if _is_expert(name))
     used = -(-experts * shape.experts_used // shape.experts) if experts else 0
     cache_width, state_bytes = shape.cache_width, 0
     if family.attention is Attention.VARIED:
@@ -229,7 +244,7 @@ def _layer_facts(
         state_bytes = prod(tensors[family.states.window].shape) * dtype.size_bytes
         state_bytes += shape.memory * DType.F32.size_bytes
     return LayerFacts(
-        resident_bytes=dict.fromkeys(backends, stored),
+        resident_bytes=_bytes_of(tensors, backends, dtype),
         streamed_bytes=stored - experts + used,
         # In full for layers with a sliding window too: the engines keep every position for now.
         kv_bytes_per_token=0 if state_bytes else cache_width * dtype.size_bytes,
@@ -245,7 +260,7 @@ def _attention_width(parts: _Parts, shape: Shape, family: Family) -> int:
     return max(layer[queries].shape[0] + 2 * layer[keys].shape[0] for layer in parts.layers.values())
 
 
-def _has_state(tensors: Mapping[str, StoredTensor], family: Family) -> bool:
+def _has_state(tensors: Mapping[str, Matrix], family: Family) -> bool:
     return family.states is not None and any(name.startswith(family.states.prefix) for name in tensors)
 
 

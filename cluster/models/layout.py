@@ -6,8 +6,8 @@ embedding, or the final norm and the head. Knows nothing of plans, sizes or engi
 Names are `model.embed_tokens.*`, `model.layers.N.*`, `model.norm.*` (LFM2 calls it `embedding_norm`, though it comes
 last) and `lm_head.*`. Vision-language checkpoints put `language_model.` before, between or after
 (`language_model.model.layers.N`, `model.language_model.layers.N`); everything else in them (vision towers, projectors)
-is unused, because Potluck runs the text model alone. Quantised MLX checkpoints add `.scales` and `.biases` beside
-`.weight`; these follow their weight by name.
+is unused, because Potluck runs the text model alone. Packed checkpoints add tensors beside
+each weight, `.scales` for one; these follow it by name, and `cluster.models.matrices` puts them together.
 """
 
 from __future__ import annotations
@@ -77,6 +77,23 @@ def within_layer(name: str) -> str:
     """A layer tensor's name without its layer: `self_attn.q_proj.weight`."""
     match = _NAME.fullmatch(name)
     return match["rest"] if match else name
+
+
+def canonical_name(name: str) -> str:
+    """The name that a text model's tensor has when nothing is wrapped around the model."""
+    match part_of(name):
+        case Layer(index):
+            return f"model.layers.{index}.{within_layer(name)}"
+        case Embedding():
+            return f"model.embed_tokens.{within_layer(name)}"
+        case Norm():
+            # LFM2 calls it so, though it comes last; mlx-lm as well.
+            norm = "embedding_norm" if "embedding_norm." in name else "norm"
+            return f"model.{norm}.{within_layer(name)}"
+        case Head():
+            return f"lm_head.{within_layer(name)}"
+        case _:
+            return name
 
 
 def head_is_tied(checkpoint: Checkpoint) -> bool:

@@ -18,15 +18,6 @@ _LAYERS_MAX = 1 << 12  # the deepest models have some 200 layers
 
 
 @dataclass(frozen=True, slots=True)
-class Quantization:
-    """How an MLX checkpoint packs its matrices. Single layers may differ; the files' sizes already say so."""
-
-    kind: str  # "affine", "mxfp4", ...
-    bits: int
-    group: int
-
-
-@dataclass(frozen=True, slots=True)
 class Latent:
     """Latent attention's widths: what is cached for each token, and what a head makes of it."""
 
@@ -153,23 +144,3 @@ def read_shape(family: Family, config: Mapping[str, object], where: str) -> Shap
         query_width=heads * head_dim * (2 if family.gated_queries else 1),
         state_width=state_width,
     )
-
-
-def read_quantization(config: Mapping[str, object], where: str) -> Quantization | None:
-    """How the weights are packed; None in full precision. `config` is the outer configuration."""
-    found = config.get("quantization") or config.get("quantization_config")
-    if not found:
-        return None
-    if isinstance(found, dict) and found.get("quant_method") == "mxfp4":
-        # As gpt-oss is published. The format has no settings: 32 numbers of four bits share an exponent.
-        return Quantization("mxfp4", 4, 32)
-    if not isinstance(found, dict) or (method := found.get("quant_method")):
-        name = method if isinstance(found, dict) else type(found).__name__
-        raise ModelError(
-            f"{where}: the weights are quantised as {name!r:.40}, which Potluck does not read; "
-            "use the unquantised model or MLX's version of it"
-        )
-    kind, bits, group = found.get("mode", "affine"), found.get("bits"), found.get("group_size")
-    if not isinstance(kind, str) or type(bits) is not int or type(group) is not int or not 1 <= bits <= 8 or group < 1:
-        raise ModelError(f"{where}: expected quantization with bits from 1 to 8 and group_size, found {found!r:.80}")
-    return Quantization(kind, bits, group)

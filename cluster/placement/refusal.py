@@ -12,7 +12,7 @@ from math import ceil
 from typing import Final, Protocol
 
 from cluster.models.facts import LayerFacts, ModelFacts
-from cluster.models.shape import Quantization
+from cluster.models.formats import Packing, Quantization
 from cluster.nodes import MemoryReport, NodeFacts, Pressure
 from cluster.placement.ask import CONTEXT_STEP, Ask
 from cluster.placement.costs import CostTable
@@ -143,7 +143,7 @@ def in_fewer_bits(facts: ModelFacts, bits: int) -> ModelFacts:
 
     return replace(
         facts,
-        quantization=Quantization("affine", bits, PACKED_GROUP),
+        quantization=Quantization(Packing.AFFINE, bits, PACKED_GROUP),
         backends=frozenset({Backend.MLX}),
         layers=tuple(
             LayerFacts(

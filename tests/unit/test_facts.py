@@ -10,7 +10,7 @@ import pytest
 from cluster.errors import ModelError
 from cluster.models.checkpoint import open_checkpoint
 from cluster.models.facts import ModelFacts, read_facts
-from cluster.models.shape import Quantization
+from cluster.models.formats import Packing, Quantization
 from cluster.types import Backend, DType, TensorSpec
 from tests.paper_models import (
     EXPERT_INNER,
@@ -131,16 +131,23 @@ def test_packed_by_mlx_runs_on_mlx_alone_and_stays_packed(tmp_path: Path) -> Non
     config = paper_config("llama") | {"quantization": {"bits": 4, "group_size": 8}}
     facts = facts_of(tmp_path, config, packed_tensors())
     assert facts.backends == {Backend.MLX}
-    assert facts.quantization == Quantization("affine", 4, 8)
+    assert facts.quantization == Quantization(Packing.AFFINE, 4, 8)
     assert facts.layers[0].resident_bytes == {Backend.MLX: (LLAMA_LAYER - 2 * HIDDEN) + 2 * 2 * HIDDEN}
     assert facts.dtype == DType.F16
     assert facts.embedding_bytes == VOCABULARY * HIDDEN
 
 
-@pytest.mark.parametrize("packed", [{"quant_method": "gptq", "bits": 4}, {"quant_method": "fp8"}, "awq"])
+@pytest.mark.parametrize("packed", [{"quant_method": "bitsandbytes", "bits": 4}, {"quant_method": ["fp8"]}])
 def test_refuses_other_quantisations_by_name(tmp_path: Path, packed: object) -> None:
     message = refusal(tmp_path, paper_config("llama") | {"quantization_config": packed}, paper_tensors("llama"))
     assert "which Potluck does not read; use the unquantised model" in message
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_refuses_a_format_that_no_engine_reads(tmp_path: Path, method: str) -> None:
+    stated = {"quant_method": method, "bits": 4, "group_size": 128}
+    message = refusal(tmp_path, paper_config("llama") | {"quantization_config": stated}, paper_tensors("llama"))
+    assert f"no engine runs Llama stored as {method}; mlx and torch computes" in message
 
 
 @pytest.mark.parametrize("packed", [{"bits": 4}, {"bits": True, "group_size": 64}, {"bits": 99, "group_size": 64}])

@@ -196,7 +196,7 @@ def test_an_engine_that_cannot_honour_a_setting_is_left_out(tmp_path: Path, monk
     assert facts_of(tmp_path / "one", config, paper_tensors("llama")).backends == {Backend.TORCH}
     assert facts_of(tmp_path / "both", paper_config("llama"), paper_tensors("llama")).backends == set(Backend)
     packed = config | {"quantization": {"bits": 4, "group_size": 8}}
-    assert "no engine runs Llama in MLX's packed format; torch computes" in refusal(
+    assert "no engine runs Llama stored as affine; torch computes" in refusal(
         tmp_path / "none", packed, paper_tensors("llama")
     )
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cluster.errors import DoesNotFit
 from cluster.models.facts import ModelFacts
-from cluster.models.shape import Quantization
+from cluster.models.formats import Packing, Quantization
 from cluster.nodes import NodeFacts
 from cluster.placement import Ask, place, stage_cost
 from cluster.placement.planner import is_placeable
@@ -135,7 +135,9 @@ def test_offers_fewer_bits_only_where_mlx_runs() -> None:
 
 
 def test_a_packed_model_is_not_offered_in_the_bits_that_it_has() -> None:
-    packed = replace(model([GIB] * 8, backends=frozenset({Backend.MLX})), quantization=Quantization("affine", 4, 64))
+    packed = replace(
+        model([GIB] * 8, backends=frozenset({Backend.MLX})), quantization=Quantization(Packing.AFFINE, 4, 64)
+    )
     assert "bits" not in refusal(packed, [node("a", 3 * GIB, backend=Backend.MLX)], Ask(8))
 
 

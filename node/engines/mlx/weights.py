@@ -18,7 +18,7 @@ from mlx_lm.utils import infer_quant_config
 
 from cluster.errors import ModelError
 from cluster.models.checkpoint import Checkpoint, StoredTensor
-from cluster.models.layout import Embedding, Head, Layer, Norm, owned_tensors, part_of, within_layer
+from cluster.models.layout import Layer, canonical_name, owned_tensors, part_of, within_layer
 from cluster.types import DType
 from node.engine import LoadProgress, Progress, StageSpec
 from node.engines.mlx.arguments import Arguments
@@ -55,23 +55,6 @@ def load_slice(
     # MLX would tie it to this thread.
     mx.eval(model)
     return sliced, total_bytes
-
-
-def canonical_name(name: str) -> str:
-    """The name that a text model's tensor has when nothing is wrapped around the model."""
-    match part_of(name):
-        case Layer(index):
-            return f"model.layers.{index}.{within_layer(name)}"
-        case Embedding():
-            return f"model.embed_tokens.{within_layer(name)}"
-        case Norm():
-            # LFM2 calls it so, though it comes last; mlx-lm as well.
-            norm = "embedding_norm" if "embedding_norm." in name else "norm"
-            return f"model.{norm}.{within_layer(name)}"
-        case Head():
-            return f"lm_head.{within_layer(name)}"
-        case _:
-            return name
 
 
 def _lazy_tensors(folder: Path, owned: Sequence[StoredTensor]) -> dict[str, mx.array]:

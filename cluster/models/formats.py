@@ -1,0 +1,160 @@
+"""How a checkpoint packs its matrices, as its configuration states it.
+
+Owns: the vocabulary of packings, which engines read each, and the reading of `quantization` (MLX's words) and
+`quantization_config` (everybody else's). Which tensors belong together is `cluster.models.matrices`.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from cluster.errors import ModelError
+from cluster.models.layout import canonical_name
+from cluster.types import Backend
+
+_GROUP_MAX = 1 << 16  # no format shares a scale among more
+_OVERRIDES_MAX = 1 << 20  # the largest models have some 100,000 matrices
+
+
+class Packing(enum.StrEnum):
+    """How the numbers of one matrix are stored."""
+
+    NONE = "unpacked"
+    AFFINE = "affine"  # MLX: codes times a scale plus a bias, for each group of columns
+    MXFP4 = "mxfp4"  # four-bit floats, 32 of which share an exponent: MLX's layout and gpt-oss' own
+    MXFP8 = "mxfp8"  # MLX: eight-bit floats, 32 of which share an exponent
+    NVFP4 = "nvfp4"  # MLX: four-bit floats, 16 of which share an eight-bit float
+    FP8 = "fp8"  # eight-bit floats (E4M3) with a scale for each block, row, or the whole matrix
+    AWQ = "awq"  # four-bit codes in an order of their own, input by output
+    GPTQ = "gptq"  # codes along the inputs, perhaps in groups out of order
+    INTEGERS = "pack-quantized"  # compressed-tensors: codes along the inputs of each output
+
+
+READERS: Mapping[Packing, frozenset[Backend]] = {
+    Packing.NONE: frozenset(Backend),
+    Packing.AFFINE: frozenset({Backend.MLX}),
+    Packing.MXFP4: frozenset({Backend.MLX}),
+    Packing.MXFP8: frozenset({Backend.MLX}),
+    Packing.NVFP4: frozenset({Backend.MLX}),
+    Packing.FP8: frozenset(),
+    Packing.AWQ: frozenset(),
+    Packing.GPTQ: frozenset(),
+    Packing.INTEGERS: frozenset(),
+}
+"""The engines that compute with a packing exactly, in tests."""
+
+PACKED_IN_MEMORY: Mapping[Packing, frozenset[Backend]] = READERS
+"""The engines in whose memory a packing takes what it takes on disk; others unpack it when they load."""
+
+_MLX_MODES = frozenset({Packing.AFFINE, Packing.MXFP4, Packing.MXFP8, Packing.NVFP4})
+
+
+@dataclass(frozen=True, slots=True)
+class Width:
+    """Bits of a code, and columns that share a scale."""
+
+    bits: int
+    group: int
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """What a configuration states for all matrices. Single ones may be left out: the files say which are packed."""
+
+    kind: Packing
+    bits: int
+    group: int  # columns that share a scale; 0: all of a row
+    overrides: Mapping[str, Width] = field(default_factory=dict)  # of matrices by logical name
+    block: tuple[int, int] | None = None  # rows and columns that share a scale of FP8; None: a row or everything
+
+    @property
+    def width(self) -> Width:
+        return Width(self.bits, self.group)
+
+
+def read_quantization(config: Mapping[str, object], where: str) -> Quantization | None:
+    """How the weights are packed; None in full precision. `config` is the outer configuration."""
+    found = config.get("quantization") or config.get("quantization_config")
+    if not found:
+        return None
+    if not isinstance(found, dict):
+        raise ModelError(f"{where}: expected an object as quantization_config, found {found!r:.80}")
+    match found.get("quant_method"):
+        case None:
+            return _of_mlx(found, where)
+        case "mxfp4":
+            # As gpt-oss is published. The format has no settings: 32 numbers of four bits share an exponent.
+            return Quantization(Packing.MXFP4, 4, 32)
+        case "fp8":
+            return Quantization(Packing.FP8, 8, 0, block=_block(found.get("weight_block_size"), where))
+        case "awq":
+            return Quantization(Packing.AWQ, *_width(found, where))
+        case "gptq":
+            return Quantization(Packing.GPTQ, *_width(found, where))
+        case "compressed-tensors":
+            return _of_compressed_tensors(found, where)
+        case method:
+            raise _unread(method, where)
+
+
+def _of_mlx(found: Mapping[str, object], where: str) -> Quantization:
+    mode = found.get("mode", Packing.AFFINE)
+    if not isinstance(mode, str) or mode not in _MLX_MODES:
+        raise _unread(mode, where)
+    if len(found) > _OVERRIDES_MAX:
+        raise ModelError(f"{where}: expected settings for at most {_OVERRIDES_MAX} matrices, found {len(found)}")
+    overrides = {
+        canonical_name(f"{path}.weight"): Width(*_width(how, where))
+        for path, how in found.items()
+        if isinstance(how, dict) and {"bits", "group_size"} <= how.keys()
+    }
+    bits, group = _width(found, where)
+    if group == 0:
+        raise ModelError(f"{where}: expected quantization with group_size from 1, found -1")
+    return Quantization(Packing(mode), bits, group, overrides)
+
+
+def _of_compressed_tensors(found: Mapping[str, object], where: str) -> Quantization:
+    """One group of settings for all packed matrices; several of them may mean several formats in one file."""
+    groups = found.get("config_groups")
+    settings = list(groups.values()) if isinstance(groups, dict) else []
+    weights = settings[0].get("weights") if len(settings) == 1 and isinstance(settings[0], dict) else None
+    if not isinstance(weights, dict):
+        raise ModelError(f"{where}: expected one of config_groups with weights, found {groups!r:.80}")
+    match found.get("format"):
+        case "float-quantized" if weights.get("num_bits") == 8:
+            block = weights.get("block_structure") if weights.get("strategy") == "block" else None
+            return Quantization(Packing.FP8, 8, 0, block=_block(block, where))
+        case "pack-quantized":
+            named = {"bits": weights.get("num_bits"), "group_size": weights.get("group_size") or -1}
+            return Quantization(Packing.INTEGERS, *_width(named, where))
+        case other:
+            raise _unread(f"compressed-tensors {other}", where)
+
+
+def _width(found: Mapping[str, object], where: str) -> tuple[int, int]:
+    bits, group = found.get("bits"), found.get("group_size")
+    if type(bits) is not int or type(group) is not int or not 1 <= bits <= 8 or not (group == -1 or group >= 1):
+        raise ModelError(f"{where}: expected quantization with bits from 1 to 8 and group_size, found {found!r:.80}")
+    if group > _GROUP_MAX:
+        raise ModelError(f"{where}: expected quantization with group_size up to {_GROUP_MAX}, found {group}")
+    return bits, max(group, 0)
+
+
+def _block(found: object, where: str) -> tuple[int, int] | None:
+    if found is None:
+        return None
+    if isinstance(found, list) and len(found) == 2:
+        rows, columns = found
+        if type(rows) is int and type(columns) is int and 1 <= min(rows, columns) <= max(rows, columns) <= _GROUP_MAX:
+            return rows, columns
+    raise ModelError(f"{where}: expected a block of rows and columns that share a scale, found {found!r:.80}")
+
+
+def _unread(name: object, where: str) -> ModelError:
+    return ModelError(
+        f"{where}: the weights are quantised as {name!r:.40}, which Potluck does not read; "
+        "use the unquantised model or MLX's version of it"
+    )
