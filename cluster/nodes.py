@@ -6,7 +6,8 @@ Values only; measuring is `node.hardware`, carrying is `cluster.wire`.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from cluster.plan import Fence
 from cluster.types import Backend, HostId, NodeId
@@ -47,6 +48,12 @@ class NodeFacts:
     protocol: int  # the wire contract's version
     version: str  # potluck's version
     engine_version: str  # such as "torch 2.13.0, transformers 5.23.0"
+
+
+def told_apart(facts: NodeFacts, others: Iterable[NodeFacts]) -> NodeFacts:
+    """The node under a name that none of `others` has: machines are often called alike."""
+    taken = any(other.name == facts.name and other.id != facts.id for other in others)
+    return replace(facts, name=f"{facts.name}-{facts.id[:4]}") if taken else facts
 
 
 class LoadPhase(enum.StrEnum):

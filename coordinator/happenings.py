@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from cluster.models.facts import ModelFacts
 from cluster.nodes import LoadReport, NodeFacts
 from cluster.plan import Plan
+from cluster.types import CoordinatorId
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class ModelOpened:
 class Listening:
     """The coordinator can be joined."""
 
+    coordinator: CoordinatorId  # commands the nodes that it holds, so it is shown to nobody but its owner
     cluster: str
     port: int
     addresses: tuple[str, ...]  # HOST:PORT for `join --coordinator`

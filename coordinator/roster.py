@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from cluster.errors import NodeRefused, PotluckError
 from cluster.limits import HEARTBEAT_LOST_S, SIGHTINGS_MAX
-from cluster.nodes import Heartbeat, NodeFacts
+from cluster.nodes import Heartbeat, NodeFacts, told_apart
 from cluster.transport import Credentials
 from cluster.types import CoordinatorId, NodeId
 from coordinator.happenings import NodeJoined, NodeLeft, NodeTurnedAway, Tell
@@ -148,6 +148,7 @@ class Roster:
                 if hint.expected is None:  # a person named it, and should know
                     self._turn_away(hint, f"{error}; it is tried again every second")
                 continue
+            facts = told_apart(facts, [member.facts for member in self._members.values()])
             hint.answered, hint.refused = facts.id, ""
             member = self._members[facts.id] = Member(facts, client, self._now())
             self._note_change()

@@ -64,9 +64,10 @@ class Coordinator:
         self._credentials = Credentials()
         self._service = InferenceService(self._status)
         self._weights = WeightServer()
+        self._id = CoordinatorId(secrets.token_hex(16))
         self._roster = Roster(
             self._credentials,
-            CoordinatorId(secrets.token_hex(16)),
+            self._id,
             check_name(options.cluster, "--cluster"),
             exclude=frozenset(options.exclude),
             tell=tell,
@@ -122,7 +123,7 @@ class Coordinator:
         for peer in self._options.peers:
             self._roster.hint(peer, peer, (peer,))
         self._join = tuple(host_port(address, port) for address in best_addresses(self._interfaces))
-        self._tell(Listening(self._options.cluster, port, self._join, problem))
+        self._tell(Listening(self._id, self._options.cluster, port, self._join, problem))
 
     async def _browse(self, stack: AsyncExitStack, interfaces: Sequence[Interface]) -> str:
         browser = Browser(self._options.cluster, self._seen, self._gone, interfaces=interfaces)

@@ -8,6 +8,13 @@ from cluster.errors import NodeRefused
 from cluster.limits import LEASE_TTL_S
 from cluster.types import CoordinatorId
 
+_SHOWN_CHARS = 12
+
+
+def shown(coordinator: str) -> str:
+    """As much of a coordinator's id as others may see: the whole of it commands the nodes that it holds."""
+    return coordinator[:_SHOWN_CHARS]
+
 
 @dataclass(frozen=True, slots=True)
 class Lease:
@@ -25,7 +32,8 @@ class Lease:
         current = self.holder_at(now_s)
         if current is not None and current != to:
             raise NodeRefused(
-                f"this node serves coordinator {current[:12]}; stop that one, or wait {LEASE_TTL_S:.0f} s after it ends"
+                f"this node serves coordinator {shown(current)}, as its own screen says; stop that one, or wait "
+                f"{LEASE_TTL_S:.0f} s after it ends"
             )
         return Lease(to, now_s)
 

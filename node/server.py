@@ -21,6 +21,7 @@ from cluster.state_dir import StateDir
 from cluster.transport import Credentials, create_server, data_service
 from cluster.wire.node_pb2_grpc import add_NodeServicer_to_server, add_WeightsServicer_to_server
 from node.announcing import announce_forever
+from node.happenings import TellNode
 from node.hardware import Device, engine_version, measure_memory
 from node.loading import EngineChoice, StageLoader
 from node.service import NodeService, NodeSetup
@@ -60,7 +61,7 @@ class NodeUp:
     mdns_problem: str  # why it is not advertised; empty when it is, or was not asked to be
 
 
-async def run_node(options: NodeOptions, on_up: Callable[[NodeUp], None], stop: asyncio.Event) -> None:
+async def run_node(options: NodeOptions, on_up: Callable[[NodeUp], None], tell: TellNode, stop: asyncio.Event) -> None:
     """Serve until `stop` is set. Raises UsageError for options that cannot work here."""
     with StateDir(options.state) as state:
         facts = _facts(options, state)
@@ -70,7 +71,7 @@ async def run_node(options: NodeOptions, on_up: Callable[[NodeUp], None], stop: 
             EngineChoice(options.device.backend, options.device.device, options.threads), shelf, credentials
         )
         await loader.prepare()
-        service = NodeService(NodeSetup(facts, lambda: _measure(options), credentials), loader)
+        service = NodeService(NodeSetup(facts, lambda: _measure(options), credentials), loader, tell=tell)
         server = create_server()
         weights = share(shelf)
         add_NodeServicer_to_server(service, server)

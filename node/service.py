@@ -29,7 +29,8 @@ from cluster.types import CoordinatorId
 from cluster.wire import node_pb2 as pb
 from cluster.wire import node_pb2_grpc as rpc
 from node.flow import StageFlow
-from node.lease import Lease
+from node.happenings import AtWork, Failed, Free, Preparing, Taken, TellNode
+from node.lease import Lease, shown
 from node.loading import StageLoader
 
 _log = logging.getLogger(__name__)
@@ -52,9 +53,16 @@ class NodeSetup:
 class NodeService(rpc.NodeServicer):
     """One node: at most one coordinator, at most one stage."""
 
-    def __init__(self, setup: NodeSetup, loader: StageLoader, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        setup: NodeSetup,
+        loader: StageLoader,
+        now: Callable[[], float] = time.monotonic,
+        tell: TellNode = lambda _: None,
+    ) -> None:
         self._setup = setup
         self._loader = loader
+        self._tell = tell
         self._now = now
         self._lease = Lease()
         self._flow: StageFlow | None = None
@@ -67,7 +75,7 @@ class NodeService(rpc.NodeServicer):
 
     async def Describe(self, request: pb.DescribeRequest, context: _Context) -> pb.NodeDescription:
         facts = replace(self._setup.facts, memory=self._setup.measure())
-        return messages.description_out(facts, self._lease.holder_at(self._now()) or "")
+        return messages.description_out(facts, shown(self._lease.holder_at(self._now()) or ""))
 
     async def Lease(self, request: pb.LeaseRequest, context: _Context) -> pb.LeaseReply:
         facts = self._setup.facts
@@ -86,12 +94,15 @@ class NodeService(rpc.NodeServicer):
             return pb.LeaseReply(granted=False, reason=str(refusal))
         if previous not in (None, coordinator):
             await self._unload()  # what an expired coordinator left behind
+        if previous != coordinator:
+            self._tell(Taken(shown(coordinator)))
         return pb.LeaseReply(granted=True)
 
     async def Release(self, request: pb.ReleaseRequest, context: _Context) -> pb.ReleaseReply:
         await self._require(request.coordinator_id, context)
         self._lease = self._lease.released(CoordinatorId(request.coordinator_id))
         await self._unload()
+        self._tell(Free("its coordinator gave it back"))
         return pb.ReleaseReply()
 
     async def Unload(self, request: pb.UnloadRequest, context: _Context) -> pb.UnloadReply:
@@ -104,18 +115,21 @@ class NodeService(rpc.NodeServicer):
         await self._unload()
         async with self._changing:
             self._phase = NodePhase.LOADING
+            began_s = self._now()
             try:
                 assignment = messages.assignment_in(request)
+                self._tell(Preparing(assignment.layers, assignment.layer_count))
                 # Closed at once when the caller goes away, so that the load is cancelled then and not some time later.
                 async with contextlib.aclosing(self._loading(assignment)) as loading:
                     async for progress in loading:
                         self._lease = self._lease.required(CoordinatorId(request.coordinator_id), self._now())
                         yield progress
             except PotluckError as error:
+                self._tell(Failed(str(error)))
                 await _abort(context, error)
             finally:
                 self._phase = NodePhase.READY if self._flow else NodePhase.IDLE
-        _log.info("stage %d of %d is ready: layers %s", assignment.stage, assignment.stage_count, assignment.layers)
+        self._tell(AtWork(assignment.layers, assignment.layer_count, self._now() - began_s))
         yield pb.LoadProgress(phase=pb.LoadProgress.READY)
 
     async def _loading(self, assignment: Assignment) -> AsyncGenerator[pb.LoadProgress, None]:
@@ -231,9 +245,10 @@ class NodeService(rpc.NodeServicer):
         """Free what a coordinator left behind that was not heard from for the length of a lease."""
         while True:
             await asyncio.sleep(_LEASE_CHECK_S)
-            if self._flow is not None and self._lease.holder_at(self._now()) is None:
-                _log.warning("the coordinator is gone; its stage is freed")
+            if self._lease.holder is not None and self._lease.holder_at(self._now()) is None:
+                self._lease = Lease()
                 await self._unload()
+                self._tell(Free("its coordinator has not been heard from"))
 
     async def close(self) -> None:
         """Free everything; called once at the end of the process."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import dataclass
 
 from cluster.cli.endpoint import Endpoint, delta_text
 from cluster.errors import PotluckError
 
-_HINT = "Ask something; an empty line or Ctrl-D ends the conversation."
+_HINT = "Ask something. Ctrl-C stops an answer; an empty line or Ctrl-D ends the conversation."
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,14 @@ class ChatCommand:
     system: str | None
     temperature: float | None
     max_tokens: int | None
+
+
+class _Stopped(Exception):
+    """Ctrl-C in the middle of an answer; closing the stream frees it on every node."""
+
+    def __init__(self, said: str) -> None:
+        super().__init__(said)
+        self.said = said
 
 
 def chat_command(command: ChatCommand) -> int:
@@ -39,6 +48,8 @@ def chat_command(command: ChatCommand) -> int:
         except PotluckError as error:
             print(f"\n! {error}", file=sys.stderr)  # noqa: T201
             messages.pop()
+        except _Stopped as stopped:
+            messages.append({"role": "assistant", "content": stopped.said})
     return 0
 
 
@@ -57,10 +68,17 @@ def _answer(endpoint: Endpoint, model: str, messages: list[dict[str, str]], comm
     if command.max_tokens is not None:
         body["max_tokens"] = command.max_tokens
     pieces = []
-    for event in endpoint.stream("/v1/chat/completions", body):
-        text = delta_text(event)
-        pieces.append(text)
-        sys.stdout.write(text)
-        sys.stdout.flush()
+    try:
+        with contextlib.closing(endpoint.stream("/v1/chat/completions", body)) as events:
+            for event in events:
+                text = delta_text(event)
+                pieces.append(text)
+                sys.stdout.write(text)
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        if command.prompt is not None:
+            raise
+        sys.stdout.write(" ...\n")
+        raise _Stopped("".join(pieces)) from None
     sys.stdout.write("\n")
     return "".join(pieces)

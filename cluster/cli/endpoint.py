@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import http.client
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
@@ -44,7 +44,7 @@ class Endpoint:
             raise ClusterError(f"{self.url} serves no model yet; see `potluck status`")
         return str(data[0]["id"])
 
-    def stream(self, path: str, body: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
+    def stream(self, path: str, body: Mapping[str, object]) -> Generator[Mapping[str, object], None, None]:
         """The events of a streamed answer; an error, at once or midway, is raised."""
         with self._request("POST", path, {**body, "stream": True}) as response:
             if response.status != http.client.OK:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
+import shlex
 import socket
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from cluster.addresses import split_host_port
-from cluster.cli.running import command_name, run_until_stopped, stop_with_parent
+from cluster.cli.join_display import JoinDisplay
+from cluster.cli.running import run_until_stopped, stop_with_parent
 from cluster.cli.serve import potluck_command
 from cluster.errors import UsageError
-from cluster.quantities import MIB, format_bytes, parse_fraction, parse_size_bytes
+from cluster.quantities import MIB, parse_fraction, parse_size_bytes
 from cluster.state_dir import default_state_path
 from node.hardware import Device, detect_devices
-from node.server import NodeOptions, NodeUp, run_node
+from node.server import NodeOptions, run_node
 from node.supervisor import supervise
 
 
@@ -53,11 +51,15 @@ def join_command(command: JoinCommand) -> int:
     if len(devices) > 1:
         return _supervise_all(command, devices, root, name)
     options = _options(command, devices[0], root, name)
+    cluster = "" if command.cluster == "default" else f" --cluster {shlex.quote(command.cluster)}"
+    display = JoinDisplay(as_json=command.as_json, looks_for=cluster)
 
     async def work(stop: asyncio.Event) -> None:
         watching = asyncio.create_task(stop_with_parent(command.exit_with, stop))
         try:
-            await run_node(options, lambda up: _report(command, up), stop)
+            await run_node(
+                options, lambda up: display.up(up, found=command.mdns and not up.mdns_problem), display.tell, stop
+            )
         finally:
             watching.cancel()
 
@@ -86,38 +88,6 @@ def _memory_bytes(text: str) -> int:
     if size < MIB:
         raise UsageError(f"--memory {text} is {size} bytes, which holds no layer; did you mean {text.strip()}GiB?")
     return size
-
-
-def _report(command: JoinCommand, up: NodeUp) -> None:
-    facts = up.facts
-    if command.as_json:
-        document = {
-            "event": "up",
-            "id": facts.id,
-            "name": facts.name,
-            "addresses": list(up.addresses),
-            "backend": facts.backend.value,
-            "device": facts.device,
-            "budget_bytes": facts.memory.budget_bytes,
-            "mdns_problem": up.mdns_problem,
-        }
-        sys.stdout.write(json.dumps(document) + "\n")
-        sys.stdout.flush()
-        return
-    console = Console(highlight=False, soft_wrap=True)
-    offer = f"{format_bytes(facts.memory.budget_bytes)} of {facts.backend.value} on {facts.device}"
-    console.print(f"{facts.name} offers {offer} ({facts.memory.explained})", markup=False)
-    if up.mdns_problem:
-        console.print(f"! mDNS does not work here: {up.mdns_problem}", markup=False)
-    cluster = "" if facts.cluster == "default" else f" --cluster {facts.cluster}"
-    potluck = f"{command_name()} serve MODEL{cluster}"
-    found = command.mdns and not up.mdns_problem
-    how = (
-        f"{potluck}   (or, where mDNS does not reach: --peer {facts.address})"
-        if found
-        else f"{potluck} --peer {facts.address}"
-    )
-    console.print(f"Waiting for a coordinator: {how}", markup=False)
 
 
 def _supervise_all(command: JoinCommand, devices: tuple[Device, ...], root: Path, name: str) -> int:

@@ -22,7 +22,7 @@ from cluster.identity import host_id, load_or_create_identity
 from cluster.interfaces import choose_interfaces, read_interfaces
 from cluster.limits import PROTOCOL_VERSION
 from cluster.models.facts import ModelFacts, read_facts
-from cluster.nodes import NodeFacts
+from cluster.nodes import NodeFacts, told_apart
 from cluster.placement import Ask, RoughFit, describe, place, rough_fits
 from cluster.plan import Plan
 from cluster.quantities import format_bytes
@@ -98,7 +98,7 @@ async def _look(command: PlanCommand, found: list[NodeFacts]) -> None:
     for facts in answers:
         if facts is not None and facts.id not in known:
             known.add(facts.id)
-            found.append(facts)
+            found.append(told_apart(facts, found))
 
 
 async def _describe(addresses: Sequence[str]) -> NodeFacts | None:

@@ -95,7 +95,7 @@ class NodeDescription(_message.Message):
     version: _builtins.str
     engine_version: _builtins.str
     leased_to: _builtins.str
-    """a coordinator's id, or empty"""
+    """the beginning of a coordinator's id, or empty; the whole of it commands the node"""
     @_builtins.property
     def memory(self) -> Global___Memory: ...
     def __init__(

@@ -29,7 +29,7 @@ from cluster.types import DeploymentId, DType, Epoch, HostTensor, SequenceId, St
 from cluster.wire import node_pb2 as pb
 from cluster.wire import node_pb2_grpc as rpc
 from tests.integration.answers import Served
-from tests.integration.live import Bystander, Coordinator, Pool
+from tests.integration.live import Bystander, Coordinator, Pool, happenings
 
 pytestmark = pytest.mark.usefixtures("unharmed")
 
@@ -54,18 +54,18 @@ class Stage:
 @pytest.fixture(scope="module")
 def stages(mixed: Coordinator, pool: Pool) -> list[Stage]:
     names = [stage["node"] for stage in mixed.status()["plan"]["stages"]]
-    fences = [asyncio.run(_spy(pool.addresses[name])) for name in names]
+    holder = happenings(mixed.process, "listening")[0]["coordinator"]
+    fences = [asyncio.run(_spy(pool.addresses[name], holder)) for name in names]
     return [
         Stage(index, pool.addresses[name], pool.processes[name].pid, fence)
         for index, (name, fence) in enumerate(zip(names, fences, strict=True))
     ]
 
 
-async def _spy(address: str) -> Fence:
-    """The epoch that a node is in, as its coordinator would see it."""
+async def _spy(address: str, holder: str) -> Fence:
+    """The epoch that a node is in, as its coordinator sees it."""
     async with Credentials().channel(address) as channel:
         stub: rpc.NodeAsyncStub = rpc.NodeStub(channel)
-        holder = (await stub.Describe(pb.DescribeRequest(), timeout=_WAIT_S)).leased_to
         async for beat in stub.Watch(pb.WatchRequest(coordinator_id=holder), timeout=_WAIT_S):
             return Fence(DeploymentId(beat.fence.deployment), Epoch(beat.fence.epoch))
     raise AssertionError("no heartbeat")
@@ -246,6 +246,21 @@ def test_whoever_does_not_hold_the_lease_is_refused_every_change(stages: list[St
         refusal = _refusal(stages[0].address, call)
         assert refusal.code() is grpc.StatusCode.FAILED_PRECONDITION
         assert "lease" in (refusal.details() or "")
+
+
+def test_what_a_node_tells_anyone_does_not_let_them_command_it(mixed: Coordinator, stages: list[Stage]) -> None:
+    """Holding the lease is proved by the coordinator's id, so nobody learns the whole of it."""
+
+    async def told() -> str:
+        async with Credentials().channel(stages[0].address) as channel:
+            stub: rpc.NodeAsyncStub = rpc.NodeStub(channel)
+            return (await stub.Describe(pb.DescribeRequest(), timeout=_WAIT_S)).leased_to
+
+    seen = asyncio.run(told())
+    assert seen and happenings(mixed.process, "listening")[0]["coordinator"].startswith(seen)
+    release = pb.ReleaseRequest(coordinator_id=seen)
+    refusal = _refusal(stages[0].address, lambda node: node.Release(release, timeout=_WAIT_S))
+    assert refusal.code() is grpc.StatusCode.FAILED_PRECONDITION
 
 
 def test_a_drop_of_an_unknown_sequence_is_no_error(stages: list[Stage]) -> None:

@@ -27,6 +27,7 @@ from tests.integration.live import (
     Coordinator,
     Pool,
     eventually,
+    happenings,
     has_backend,
     joined,
     new_cluster,
@@ -85,6 +86,16 @@ def test_a_leased_node_is_refused_to_others_until_its_coordinator_ends(
             _ended(first.process, 3 * STOP_S)
             second.wait_ready(KILLED_LEASE_S if how is signal.SIGKILL else GIVEN_BACK_S)
             assert second.is_unharmed(served.asked.prompt, served.asked.ids)
+            holders = [happenings(one.process, "listening")[0]["coordinator"] for one in (first, second)]
+            screen = pool.processes["torch-a"]
+            taken = [
+                holder.startswith(said["coordinator"])
+                for said in happenings(screen, "taken")[-2:]
+                for holder in holders
+            ]
+            assert taken == [True, False, False, True], "the node says whom it serves"
+            layers = [0, second.status()["model"]["layers"]]
+            assert happenings(screen, "free") and happenings(screen, "at_work")[-1]["layers"] == layers
 
 
 # -- Stopping --------------------------------------------------------------------------------------------
