@@ -1,0 +1,156 @@
+"""Matrices of AWQ, GPTQ and compressed-tensors checkpoints, lazily, in the affine form that MLX computes with.
+
+All three quantise a row's inputs in groups as `(q - zero) * scale`, which is `q * scale + bias` with `bias = -zero *
+scale`. Bits are moved and nothing is rounded: where the type that the model computes in cannot hold scales and biases
+exactly they are float32, and `node.engines.mlx.exact` multiplies with them. Shapes were checked before. Knows nothing
+of files, names or modules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from cluster.errors import ModelError
+
+_WIDTHS = (128, 64, 32)
+"""Columns that may share a scale in MLX. A larger group's scale is repeated."""
+
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""The rows whose values an AWQ word holds, from its lowest bits up; AutoAWQ's kernels unpack pairs in this order."""
+
+_WORD_BITS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """A matrix [rows, inputs] as `words * scales + biases`, group by group; `inputs` is the input that each packed
+    column belongs to, None in their order."""
+
+    words: mx.array  # uint32 [rows, inputs * bits / 32]
+    scales: mx.array  # [rows, groups]
+    biases: mx.array  # [rows, groups]
+    inputs: mx.array | None
+
+
+def from_awq(qweight: mx.array, qzeros: mx.array, scales: mx.array, *, dtype: mx.Dtype) -> Affine:
+    """Four bits: qweight [inputs, rows / 8], qzeros [groups, rows / 8] and scales [groups, rows]."""
+    inputs, per_word = qweight.shape[0], len(_AWQ_ORDER)
+    blocks = qweight.view(mx.uint32).reshape(inputs // per_word, per_word, -1)
+    rows = []
+    for row in range(per_word):
+        codes = (blocks >> (4 * _AWQ_ORDER.index(row))) & 15
+        packed = codes[:, 0]
+        for column in range(1, per_word):
+            packed = packed | (codes[:, column] << (4 * column))
+        rows.append(packed)
+    words = mx.stack(rows, axis=-1).reshape(inputs // per_word, -1).T
+    zeros = _values(qzeros, 4).reshape(*qzeros.shape, per_word)
+    zeros = zeros[..., mx.array([_AWQ_ORDER.index(row) for row in range(per_word)])].reshape(qzeros.shape[0], -1)
+    return _affine(words, scales.T, zeros.T, None, bits=4, dtype=dtype)
+
+
+def from_gptq(
+    qweight: mx.array,
+    qzeros: mx.array,
+    scales: mx.array,
+    g_idx: mx.array | None,
+    *,
+    bits: int,
+    zeros_are_one_less: bool,
+    dtype: mx.Dtype,
+) -> Affine:
+    """qweight [inputs * bits / 32, rows], qzeros [groups, rows * bits / 32], scales [groups, rows], g_idx [inputs].
+
+    Files of the first version (`checkpoint_format: gptq`) hold zeros less one. The one is subtracted from whole words
+    there, and added to whole words here, so that the carry of a zero that was 0 finds its way back.
+    """
+    qzeros = qzeros.view(mx.uint32)
+    if zeros_are_one_less:
+        qzeros = qzeros + mx.array(sum(1 << place for place in range(0, _WORD_BITS, bits)), mx.uint32)
+    return _affine(qweight.view(mx.uint32).T, scales.T, _values(qzeros, bits).T, g_idx, bits=bits, dtype=dtype)
+
+
+def from_pack_quantized(
+    weight_packed: mx.array,
+    weight_scale: mx.array,
+    weight_zero_point: mx.array | None,
+    weight_g_idx: mx.array | None,
+    *,
+    bits: int,
+    dtype: mx.Dtype,
+) -> Affine:
+    """weight_packed [rows, inputs * bits / 32], weight_scale [rows, groups], weight_g_idx [inputs].
+
+    Integers are signed and stored with half their range added; what is added to both `q` and zero cancels out.
+    Zeros are packed along the rows [rows * bits / 32, groups], or none in a symmetric file: half the range then.
+    """
+    zeros = None
+    if weight_zero_point is not None:
+        zeros = _values(weight_zero_point.T, bits)[:, : weight_scale.shape[0]].T
+    if weight_g_idx is not None and bool(mx.all(weight_g_idx == -1)):
+        weight_g_idx = None  # as written for a matrix that was never reordered
+    return _affine(weight_packed.view(mx.uint32), weight_scale, zeros, weight_g_idx, bits=bits, dtype=dtype)
+
+
+def _affine(
+    words: mx.array,
+    scales: mx.array,
+    zeros: mx.array | None,
+    g_idx: mx.array | None,
+    *,
+    bits: int,
+    dtype: mx.Dtype,
+) -> Affine:
+    """Without zeros they are half the range: a power of two, so that the biases fit the scales' type."""
+    if zeros is None and scales.dtype == dtype:
+        biases = scales * -(1 << (bits - 1))
+    else:
+        scales = scales.astype(mx.float32)
+        biases = -scales * (1 << (bits - 1) if zeros is None else zeros)
+    inputs = None if g_idx is None else _order(g_idx, scales.shape[1])
+    if inputs is not None:
+        words = _packed(_values(words, bits)[:, inputs], bits)
+    columns = words.shape[1] * _WORD_BITS // bits
+    repeats = _repeats(columns // scales.shape[1])
+    return Affine(words, mx.repeat(scales, repeats, axis=1), mx.repeat(biases, repeats, axis=1), inputs)
+
+
+def _repeats(width: int) -> int:
+    """How many of MLX's groups a group of `width` columns makes."""
+    for allowed in _WIDTHS:
+        if width % allowed == 0:
+            return width // allowed
+    raise ModelError(f"MLX computes with groups of 32 columns and multiples of it; these have {width}")
+
+
+def _order(g_idx: mx.array, count: int) -> mx.array | None:
+    """The columns with those of each group side by side, given the group of each column (`desc_act`)."""
+    width = g_idx.size // count
+    in_order = mx.repeat(mx.arange(count, dtype=g_idx.dtype), width)
+    if mx.array_equal(g_idx, in_order):
+        return None
+    inputs = mx.argsort(g_idx)
+    if not mx.array_equal(g_idx[inputs], in_order):
+        raise ModelError(
+            f"expected {width} columns in each of {count} groups, found g_idx from {g_idx.min()} to {g_idx.max()} in "
+            "other numbers; download the model again"
+        )
+    return inputs
+
+
+def _values(words: mx.array, bits: int) -> mx.array:
+    """The integers in words along the last axis, as uint8."""
+    unsigned, mask = words.view(mx.uint32), (1 << bits) - 1
+    parts = [((unsigned >> place) & mask).astype(mx.uint8) for place in range(0, _WORD_BITS, bits)]
+    return mx.stack(parts, axis=-1).reshape(*words.shape[:-1], -1)
+
+
+def _packed(values: mx.array, bits: int) -> mx.array:
+    """The inverse of `_values`."""
+    parts = values.reshape(*values.shape[:-1], -1, _WORD_BITS // bits)
+    words = parts[..., 0].astype(mx.uint32)
+    for place in range(1, _WORD_BITS // bits):
+        words = words | (parts[..., place].astype(mx.uint32) << (place * bits))
+    return words

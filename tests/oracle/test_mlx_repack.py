@@ -1,0 +1,153 @@
+"""Matrices of AWQ, GPTQ and compressed-tensors files as MLX unpacks them, bit for bit what their definitions say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+pytest.importorskip("mlx_lm", reason="the MLX engine needs the extra [mlx]")
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.switch_layers import SwitchLinear
+
+from cluster.errors import ModelError
+from node.engines.mlx.exact import ExactLinear, ExactSwitchLinear
+from node.engines.mlx.repack import Affine, from_awq, from_gptq, from_pack_quantized
+from tests import integer_formats
+from tests.integer_formats import Array, Quantised
+
+ROWS, INPUTS = 48, 512
+
+
+def weights() -> npt.NDArray[np.float32]:
+    """Rows whose groups have zeros all over the range, 0 and the largest among them."""
+    generator = np.random.default_rng(0)
+    values = generator.normal(size=(ROWS, INPUTS)) + generator.normal(size=(ROWS, 1))
+    values[0], values[1] = np.abs(values[0]), -np.abs(values[1])
+    return values.astype(np.float32)
+
+
+def shuffled() -> npt.NDArray[np.int64]:
+    return np.random.default_rng(1).permutation(INPUTS)
+
+
+def in_mlx(files: dict[str, Array]) -> dict[str, Any]:
+    return {name: mx.array(array) for name, array in files.items() if name != "weight_shape"}
+
+
+def dequantised(matrix: Affine, bits: int) -> npt.NDArray[np.float32]:
+    """What MLX itself makes of it, in float32."""
+    group = matrix.words.shape[1] * 32 // bits // matrix.scales.shape[1]
+    scales, biases = matrix.scales.astype(mx.float32), matrix.biases.astype(mx.float32)
+    packed = np.array(mx.dequantize(matrix.words, scales, biases, group_size=group, bits=bits))
+    if matrix.inputs is None:
+        return packed
+    result = np.empty_like(packed)
+    result[:, np.array(matrix.inputs)] = packed
+    return result
+
+
+def assert_same(matrix: Affine, quantised: Quantised) -> None:
+    np.testing.assert_array_equal(dequantised(matrix, quantised.bits), quantised.dequantised)
+
+
+def of_gptq(quantised: Quantised, version: int = 1, dtype: Any = mx.float16) -> Affine:
+    files = in_mlx(integer_formats.gptq(quantised, version=version))
+    return from_gptq(**files, bits=quantised.bits, zeros_are_one_less=version == 1, dtype=dtype)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128, 256, INPUTS])
+def test_awq_matrices_are_exact(group: int) -> None:
+    quantised = integer_formats.quantise(weights(), group=group)
+    assert_same(from_awq(**in_mlx(integer_formats.awq(quantised)), dtype=mx.float16), quantised)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("reordered", [False, True])
+def test_gptq_matrices_are_exact(bits: int, version: int, reordered: bool) -> None:
+    quantised = integer_formats.quantise(weights(), bits=bits, order=shuffled() if reordered else None)
+    matrix = of_gptq(quantised, version)
+    assert (matrix.inputs is not None) is reordered
+    assert_same(matrix, quantised)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("reordered", [False, True])
+def test_compressed_tensors_matrices_are_exact(bits: int, symmetric: bool, reordered: bool) -> None:
+    order = shuffled() if reordered else None
+    quantised = integer_formats.quantise(weights()[:41], bits=bits, symmetric=symmetric, order=order)
+    files = in_mlx(integer_formats.compressed(quantised, symmetric=symmetric))
+    zeros, groups = files.get("weight_zero_point"), files.get("weight_g_idx")
+    packed, scale = files["weight_packed"], files["weight_scale"]
+    assert_same(from_pack_quantized(packed, scale, zeros, groups, bits=bits, dtype=mx.float16), quantised)
+
+
+def test_symmetric_matrices_keep_the_type_of_their_scales() -> None:
+    quantised = integer_formats.quantise(weights(), symmetric=True)
+    files = in_mlx(integer_formats.compressed(quantised, symmetric=True))
+    packed, scale = files["weight_packed"], files["weight_scale"]
+    same = from_pack_quantized(packed, scale, None, None, bits=4, dtype=mx.float16)
+    assert same.scales.dtype == same.biases.dtype == mx.float16
+    other = from_pack_quantized(packed, scale, None, None, bits=4, dtype=mx.bfloat16)
+    assert other.scales.dtype == other.biases.dtype == mx.float32
+    assert_same(other, quantised)
+
+
+def test_an_order_that_was_never_set_is_none() -> None:
+    files = in_mlx(integer_formats.compressed(integer_formats.quantise(weights(), symmetric=True), symmetric=True))
+    never = mx.full((INPUTS,), -1, dtype=mx.int32)
+    packed, scale = files["weight_packed"], files["weight_scale"]
+    assert from_pack_quantized(packed, scale, None, never, bits=4, dtype=mx.float16).inputs is None
+
+
+@pytest.mark.parametrize("damage", [lambda g: g * 0, lambda g: g + 1, lambda g: -g])
+def test_columns_in_groups_that_do_not_exist_or_are_too_large_are_refused(damage: Any) -> None:
+    quantised = integer_formats.quantise(weights(), order=shuffled())
+    files = in_mlx(integer_formats.gptq(quantised))
+    with pytest.raises(ModelError, match="expected 32 columns in each of 16 groups"):
+        from_gptq(**(files | {"g_idx": damage(files["g_idx"])}), bits=4, zeros_are_one_less=True, dtype=mx.float16)
+
+
+def test_groups_that_mlx_does_not_have_are_refused() -> None:
+    quantised = integer_formats.quantise(weights(), group=16)
+    with pytest.raises(ModelError, match="groups of 32 columns and multiples of it; these have 16"):
+        of_gptq(quantised)
+
+
+def half_precision_error(output: Any, x: Any, weight: npt.NDArray[np.float32]) -> float:
+    """The largest difference from the exact product, as a part of what rounding it to float16 may cost."""
+    exact = np.array(x.astype(mx.float32)).astype(np.float64) @ weight.astype(np.float64).T
+    assert output.dtype == mx.float16
+    return float((np.abs(np.array(output) - exact) / np.spacing(np.abs(exact).astype(np.float16))).max())
+
+
+@pytest.mark.parametrize("reordered", [False, True])
+def test_a_linear_whose_biases_are_wider_than_float16_rounds_once(reordered: bool) -> None:
+    quantised = integer_formats.quantise(weights(), order=shuffled() if reordered else None)
+    matrix = of_gptq(quantised)
+    linear = ExactLinear(nn.QuantizedLinear(INPUTS, ROWS, False, 32, 4), has_order=reordered)
+    linear.weight, linear.scales, linear.biases = matrix.words, matrix.scales, matrix.biases
+    if matrix.inputs is not None:
+        linear.inputs = matrix.inputs
+    x = (mx.random.normal((5, INPUTS), key=mx.random.key(0)) + 1).astype(mx.float16)
+    assert half_precision_error(linear(x), x, quantised.dequantised) < 0.51
+
+
+def test_experts_whose_biases_are_wider_than_float16_round_once() -> None:
+    both = [integer_formats.quantise(values) for values in (weights(), -weights())]
+    matrices = [of_gptq(quantised) for quantised in both]
+    switch = ExactSwitchLinear(SwitchLinear(INPUTS, ROWS, 2, bias=False).to_quantized(32, 4))
+    for name in ("words", "scales", "biases"):
+        stacked = mx.stack([getattr(matrix, name) for matrix in matrices])
+        setattr(switch, "weight" if name == "words" else name, stacked)
+    x = (mx.random.normal((5, 1, 1, INPUTS), key=mx.random.key(0)) + 1).astype(mx.float16)
+    chosen = mx.array([[0, 1]] * 5)
+    output = switch(x, chosen)
+    for expert, quantised in enumerate(both):
+        assert half_precision_error(output[:, expert, 0], x[:, 0, 0], quantised.dequantised) < 0.51
