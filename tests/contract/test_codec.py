@@ -198,7 +198,7 @@ def test_the_payload_limit_leaves_room_for_the_largest_header() -> None:
     assert FRAME_PAYLOAD_BYTES_MAX < GRPC_MESSAGE_BYTES_MAX
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(st.data())
 def test_damaged_messages_raise_wire_errors_and_nothing_else(data: st.DataObject) -> None:
     message = bytearray(encode(frame(ROWS, marks=(StageMark(0, 0.1, 0.2, 0.3),)))[0])
@@ -209,7 +209,7 @@ def test_damaged_messages_raise_wire_errors_and_nothing_else(data: st.DataObject
         Decoder(expectation()).feed(bytes(message[:cut]))
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(st.recursive(st.none() | st.integers() | st.floats() | st.text(max_size=8) | st.binary(max_size=8),
                     lambda inner: st.lists(inner, max_size=6), max_leaves=20))  # fmt: skip
 def test_headers_of_any_shape_raise_wire_errors_and_nothing_else(header: object) -> None:

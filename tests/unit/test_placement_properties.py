@@ -33,7 +33,7 @@ def brief_refusals() -> Iterator[None]:
 
 
 def seeded(examples: int) -> settings:
-    return settings(max_examples=examples, derandomize=True, deadline=None, database=None)
+    return settings(max_examples=examples)
 
 
 def random_ask(rng: random.Random, nodes: Sequence[NodeFacts]) -> Ask:

@@ -45,7 +45,7 @@ def refusal(facts: ModelFacts, nodes: list[NodeFacts], ask: Ask) -> str:
     return str(caught.value)
 
 
-@settings(max_examples=150, derandomize=True, deadline=None, database=None)
+@settings(max_examples=150)
 @given(st.integers(0, 2**32))
 def test_every_change_that_is_offered_would_do(seed: int) -> None:
     rng = random.Random(seed)

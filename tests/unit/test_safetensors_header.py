@@ -16,7 +16,7 @@ from cluster.models.safetensors_header import TensorEntry, parse_header, read_he
 from cluster.types import DType
 from tests.safetensors_files import file_of, header_of, write_safetensors
 
-SEEDED = settings(max_examples=250, derandomize=True, deadline=None, database=None)
+SEEDED = settings(max_examples=250)
 
 TWO = {"a": (DType.F32, (2, 3)), "b": (DType.BF16, (4,))}
 GOOD = file_of(header_of(TWO), 32)
