@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from cluster import __version__
+from cluster.cli import options as opt
 from cluster.cli.models import app as models_app
 
 app = typer.Typer(
@@ -21,18 +21,6 @@ app = typer.Typer(
 )
 
 app.add_typer(models_app, name="models")
-
-_State = Annotated[
-    Path | None,
-    typer.Option("--state", envvar="POTLUCK_HOME", help="Where keys, hashes and weights are kept. [~/.potluck]"),
-]
-_Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, for scripts.")]
-_Url = Annotated[str, typer.Option("--url", help="The endpoint to talk to.")]
-_Cluster = Annotated[str, typer.Option("--cluster", help="Nodes and coordinators of one cluster find each other.")]
-_Users = Annotated[int, typer.Option("--users", min=1, max=256, help="Answers of full length at the same time.")]
-_Context = Annotated[str, typer.Option("--context", help="Longest prompt plus answer in tokens, or auto.")]
-_ExitWith = Annotated[int | None, typer.Option(hidden=True, help="End when this parent process ends.")]
-_DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 def _version(wanted: bool) -> None:
@@ -55,32 +43,38 @@ def _root(
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Argument(help="A folder, a hub id such as Qwen/Qwen3-8B, or `demo`.")],
+    model: opt.Model,
     host: Annotated[str, typer.Option(help="Address of the HTTP endpoint.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the HTTP endpoint; 0 picks one.")] = 8000,
-    cluster: _Cluster = "default",
-    no_local_node: Annotated[bool, typer.Option("--no-local-node", help="Do not compute on this machine.")] = False,
-    min_nodes: Annotated[
-        int, typer.Option(min=0, help="Wait for this many nodes and give each of at least so many a stage.")
-    ] = 0,
-    context: _Context = "auto",
-    users: _Users = 4,
-    exclude: Annotated[list[str] | None, typer.Option(help="Do not use the node of this name.")] = None,
-    peer: Annotated[list[str] | None, typer.Option(help="HOST:PORT of a node that mDNS does not reach.")] = None,
-    no_mdns: Annotated[bool, typer.Option("--no-mdns", help="Do not look for nodes with mDNS.")] = False,
+    cluster: opt.Cluster = "default",
+    no_local_node: opt.NoLocalNode = False,
+    min_nodes: opt.MinNodes = 0,
+    context: opt.Context = "auto",
+    users: opt.Users = 4,
+    exclude: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Do not use the node of this name.")] = None,
+    peer: opt.Peers = None,
+    no_mdns: opt.NoMdns = False,
     cluster_host: Annotated[str, typer.Option(help="Address that nodes reach. [every interface]")] = "",
     cluster_port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port for `join --coordinator`; another is taken when it is in use.")
     ] = 7433,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
-    exit_with: _ExitWith = None,
-    state: _State = None,
-    as_json: _Json = False,
+    exit_with: opt.ExitWith = None,
+    state: opt.State = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Serve MODEL to every OpenAI client, computed by all nodes of the cluster.
 
     A node on this machine takes part unless --no-local-node. The endpoint answers from the start: /health at
     once, /ready with 200 as soon as a real token came out.
+
+    \b
+    Examples:
+      potluck serve demo                            the built-in model, to see it work
+      potluck serve Qwen/Qwen3-8B                   from the hub, on all nodes that are here
+      potluck serve ~/models/big --min-nodes 3      wait for three machines
+      potluck serve MODEL --context 32768 --users 2 longer chats, fewer at a time
+      potluck serve MODEL --host 0.0.0.0            for clients on other machines
     """
     from cluster.cli.running import run_command
     from cluster.cli.serve import ServeCommand, serve_command
@@ -112,29 +106,32 @@ def serve(
 @app.command()
 def join(
     name: Annotated[str | None, typer.Option(help="What this node is called. [this machine's name]")] = None,
-    cluster: _Cluster = "default",
+    cluster: opt.Cluster = "default",
     backend: Annotated[str, typer.Option(help="auto, torch or mlx.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda[:N][,...], mps or metal.")] = "auto",
-    memory: Annotated[str | None, typer.Option(help="Use at most this much, such as 8GiB.")] = None,
-    reserve: Annotated[str | None, typer.Option(help="Keep this share for whoever works here. [15%]")] = None,
+    memory: opt.Memory = None,
+    reserve: opt.Reserve = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the engine. [all cores]")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on. [every interface]")] = "",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks one.")] = 0,
-    coordinator: Annotated[
-        list[str] | None, typer.Option(help="HOST:PORT of a coordinator that mDNS does not reach.")
-    ] = None,
+    coordinator: opt.Coordinators = None,
     no_mdns: Annotated[bool, typer.Option("--no-mdns", help="Do not advertise with mDNS.")] = False,
-    weights_max: Annotated[
-        str | None, typer.Option(help="Keep at most this much of models on disk, such as 200GiB. [80% of the disk]")
-    ] = None,
-    exit_with: _ExitWith = None,
-    state: _State = None,
-    as_json: _Json = False,
+    weights_max: opt.WeightsMax = None,
+    exit_with: opt.ExitWith = None,
+    state: opt.State = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Offer this machine to a cluster, and wait to be used.
 
     The node advertises itself with mDNS; where that does not work, name the coordinator with --coordinator.
     Several devices (--device cuda:0,cuda:1) become one supervised node each.
+
+    \b
+    Examples:
+      potluck join                                  all that this machine can spare
+      potluck join --memory 8GiB --threads 4        no more than that
+      potluck join --coordinator 192.168.1.5:7433   where mDNS does not reach
+      potluck join --name second --state ~/.potluck-second     another node on this machine
     """
     from cluster.cli.join import JoinCommand, join_command
     from cluster.cli.running import run_command
@@ -181,22 +178,28 @@ def demo(
 @app.command()
 def plan(
     model: Annotated[
-        str | None, typer.Argument(help="A folder, a hub id or `demo`; without it: what fits here.")
+        str | None, typer.Argument(metavar="MODEL", help="A folder, a hub id or `demo`; without it: what fits here.")
     ] = None,
-    cluster: _Cluster = "default",
-    min_nodes: Annotated[int, typer.Option(min=0, help="Give each of at least so many nodes a stage.")] = 0,
-    context: _Context = "auto",
-    users: _Users = 4,
-    peer: Annotated[list[str] | None, typer.Option(help="HOST:PORT of a node that mDNS does not reach.")] = None,
-    no_mdns: Annotated[bool, typer.Option("--no-mdns", help="Do not look for nodes with mDNS.")] = False,
-    no_local_node: Annotated[bool, typer.Option("--no-local-node", help="Leave this machine out.")] = False,
+    cluster: opt.Cluster = "default",
+    min_nodes: opt.MinNodes = 0,
+    context: opt.Context = "auto",
+    users: opt.Users = 4,
+    peer: opt.Peers = None,
+    no_mdns: opt.NoMdns = False,
+    no_local_node: opt.NoLocalNode = False,
     wait_s: Annotated[float, typer.Option("--wait", min=0.1, help="Seconds to look for nodes.")] = 3.0,
-    state: _State = None,
-    as_json: _Json = False,
+    state: opt.State = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Show how MODEL would be placed on the nodes that are here, without loading anything.
 
     Without MODEL: the size of models that this pool can hold.
+
+    \b
+    Examples:
+      potluck plan                                  what fits here?
+      potluck plan Qwen/Qwen3-32B                   reads only the headers from the hub
+      potluck plan MODEL --context 65536 --users 1  and with a longer context?
     """
     from cluster.cli.plan import PlanCommand, plan_command
     from cluster.cli.running import run_command
@@ -220,7 +223,7 @@ def plan(
 
 
 @app.command()
-def status(url: _Url = _DEFAULT_URL, as_json: _Json = False) -> None:
+def status(url: opt.Url = opt.DEFAULT_URL, as_json: opt.Json = False) -> None:
     """Show the cluster behind an endpoint: nodes, plan, load, and where each token's time goes."""
     from cluster.cli.running import run_command
     from cluster.cli.status import status_command
@@ -231,12 +234,19 @@ def status(url: _Url = _DEFAULT_URL, as_json: _Json = False) -> None:
 @app.command()
 def chat(
     prompt: Annotated[str | None, typer.Argument(help="Ask this once; without it, a conversation.")] = None,
-    url: _Url = _DEFAULT_URL,
+    url: opt.Url = opt.DEFAULT_URL,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0.0, max=2.0, help="0 is the likeliest answer.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
 ) -> None:
-    """Talk to the model behind an endpoint."""
+    """Talk to the model behind an endpoint.
+
+    \b
+    Examples:
+      potluck chat                                  a conversation
+      potluck chat "Why is the sky blue?"           one answer
+      potluck chat --url http://192.168.1.5:8000    with a cluster elsewhere
+    """
     from cluster.cli.chat import ChatCommand, chat_command
     from cluster.cli.running import run_command
 
@@ -244,7 +254,7 @@ def chat(
 
 
 @app.command()
-def doctor(state: _State = None, as_json: _Json = False) -> None:
+def doctor(state: opt.State = None, as_json: opt.Json = False) -> None:
     """Find out why it does not work here, and what to do about it."""
     from cluster.cli.doctor import doctor as examine
 
@@ -253,13 +263,13 @@ def doctor(state: _State = None, as_json: _Json = False) -> None:
 
 @app.command()
 def verify(
-    model: Annotated[str, typer.Argument(help="A folder, a hub id or `demo`.")],
+    model: opt.Model,
     stages: Annotated[int, typer.Option(min=1, help="How many stages to cut the model into.")] = 2,
     backend: Annotated[
         str, typer.Option(help="Engine of each stage, such as torch,mlx; one name is for all.")
     ] = "auto",
     tokens: Annotated[int, typer.Option(min=2, help="Length of the test input.")] = 48,
-    as_json: _Json = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Prove that every stage and layer computes what the single-process library computes.
 

@@ -1,0 +1,40 @@
+"""Arguments and options that several commands share, each with its help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id such as Qwen/Qwen3-8B, or `demo`.")]
+Peers = Annotated[
+    list[str] | None, typer.Option(metavar="HOST:PORT", help="Address of a node that mDNS does not reach.")
+]
+MinNodes = Annotated[
+    int, typer.Option("--min-nodes", min=0, help="Wait for this many nodes and give each of at least so many a stage.")
+]
+NoMdns = Annotated[bool, typer.Option("--no-mdns", help="Do not look for nodes with mDNS.")]
+NoLocalNode = Annotated[bool, typer.Option("--no-local-node", help="Leave this machine out.")]
+State = Annotated[
+    Path | None,
+    typer.Option("--state", envvar="POTLUCK_HOME", help="Where keys, hashes and weights are kept. [~/.potluck]"),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, for scripts.")]
+Url = Annotated[str, typer.Option("--url", help="The endpoint to talk to.")]
+Cluster = Annotated[str, typer.Option("--cluster", help="Nodes and coordinators of one cluster find each other.")]
+Users = Annotated[int, typer.Option("--users", min=1, max=256, help="Answers of full length at the same time.")]
+Context = Annotated[
+    str, typer.Option("--context", metavar="TOKENS", help="Longest prompt plus answer in tokens, or auto.")
+]
+ExitWith = Annotated[int | None, typer.Option(hidden=True, help="End when this parent process ends.")]
+Reserve = Annotated[str | None, typer.Option(metavar="SHARE", help="Keep this share for whoever works here. [15%]")]
+Coordinators = Annotated[
+    list[str] | None, typer.Option(metavar="HOST:PORT", help="Address of a coordinator that mDNS does not reach.")
+]
+WeightsMax = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Keep at most this much of models on disk, such as 200GiB. [80% of the disk]"),
+]
+Memory = Annotated[str | None, typer.Option(metavar="SIZE", help="Use at most this much, such as 8GiB.")]
+DEFAULT_URL = "http://127.0.0.1:8000"
