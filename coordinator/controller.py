@@ -19,7 +19,7 @@ from cluster.placement import Ask
 from cluster.plan import Fence, Plan
 from cluster.transport import Credentials
 from cluster.types import DeploymentId, Epoch, HostId, NodeId
-from coordinator.gathering import Wait, decide
+from coordinator.gathering import Broken, Wait, decide
 from coordinator.happenings import Interrupted, Planned, Ready, Tell, Waiting
 from coordinator.install import Source, install
 from coordinator.opening import OpenModel
@@ -27,12 +27,6 @@ from coordinator.roster import Roster
 from coordinator.scheduler import Room
 from coordinator.service import InferenceService
 from coordinator.serving import Serving
-
-_RETRY_S = 0.5
-_RETRY_MAX_S = 30.0
-_STEADY_S = 30.0
-"""Between a broken plan and the next: what fails at once must not make the coordinator spin. A node that comes
-or goes ends the wait, since it makes another plan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +66,7 @@ class Controller:
         self._ready_s: float | None = None  # when the plan in force brought its first token
 
     async def run(self) -> None:
-        retry_s = _RETRY_S
+        broken = Broken(served=False)
         while True:
             plan = await self._gather()
             self._ready_s = None
@@ -86,11 +80,10 @@ class Controller:
             finally:
                 self.plan = self.serving = None
             await self._roster.unload_all()
-            # A plan that had served is replaced at once; one that fails again and again, ever more slowly. Without
-            # one of its nodes the next plan is another one, or there is something to wait for and to say.
-            retry_s = _RETRY_S if self._was_steady() else min(retry_s * 2, _RETRY_MAX_S)
+            broken = broken.next(self._served_s())
+            # Without one of its nodes the next plan is another one, or there is something to wait for and to say.
             if all(stage.node in self._roster.members for stage in plan.stages):
-                await self._until_changed(retry_s)
+                await self._until_changed(broken.pause_s)
 
     def _note_unable(self, error: PotluckError) -> None:
         """A node that could not load its slice is left out of the next plan, if there is one without it."""
@@ -98,8 +91,8 @@ class Controller:
         if member is not None:
             self._unable[member.facts.id] = member.joined_s
 
-    def _was_steady(self) -> bool:
-        return self._ready_s is not None and time.monotonic() - self._ready_s > _STEADY_S
+    def _served_s(self) -> float | None:
+        return None if self._ready_s is None else time.monotonic() - self._ready_s
 
     async def _gather(self) -> Plan:
         """Wait until the nodes that are here can hold the model."""

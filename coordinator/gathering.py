@@ -19,6 +19,32 @@ after it need not be thrown away at once."""
 RECHECK_S = 2.0
 """After a refusal: memory that somebody frees shows in the next heartbeats, and no other event tells of it."""
 
+RETRY_S, RETRY_MAX_S = 0.5, 30.0
+"""Between a broken plan and the next one of the same nodes: long enough that a node which is dying is noticed
+first; and what fails at once, again and again, must not make the coordinator spin."""
+
+STEADY_S = 30.0
+"""A plan that served so long worked; what broke it was an event and no fault of the plan."""
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A plan that broke. `failures` counts it and those before it that are held against the next one."""
+
+    served: bool  # it had brought a token
+    failures: int = 0
+
+    def next(self, served_s: float | None) -> Broken:
+        """The plan after this one broke as well; it had served for `served_s`, None when it never did. One that
+        worked, or that was the first to serve after others, is held against nobody."""
+        forgiven = served_s is not None and (served_s > STEADY_S or not self.served)
+        return Broken(served_s is not None, 0 if forgiven else self.failures + 1)
+
+    @property
+    def pause_s(self) -> float:
+        """How long the next plan of the same nodes waits."""
+        return min(RETRY_S * 2**self.failures, RETRY_MAX_S)
+
 
 @dataclass(frozen=True, slots=True)
 class Wait:

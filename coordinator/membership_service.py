@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import grpc.aio
 
 from cluster.addresses import split_host_port
 from cluster.errors import UsageError
+from cluster.identity import FINGERPRINT_CHARS
 from cluster.interfaces import host_port
 from cluster.types import NodeId
 from cluster.wire import node_pb2 as pb
 from cluster.wire import node_pb2_grpc as rpc
+
+_NODE_ID = re.compile(rf"[0-9a-f]{{{FINGERPRINT_CHARS}}}")
 
 
 class CoordinatorService(rpc.CoordinatorServicer):
@@ -33,7 +37,14 @@ class CoordinatorService(rpc.CoordinatorServicer):
         host = request.host or _caller_host(context.peer())
         if host is None or not 0 < request.port < 65536:
             return pb.AnnounceReply(accepted=False, reason="an announcement needs the port that the node listens on")
-        self._announced(host_port(host, request.port), NodeId(request.node_id[:64]))
+        if _NODE_ID.fullmatch(request.node_id) is None:
+            # Nothing could be checked against what the node says of itself when it is dialled.
+            reason = (
+                f"an announcement needs the node's id, {FINGERPRINT_CHARS} hex digits; found {request.node_id[:80]!a}. "
+                "Install the same potluck version on both machines"
+            )
+            return pb.AnnounceReply(accepted=False, reason=reason)
+        self._announced(host_port(host, request.port), NodeId(request.node_id))
         return pb.AnnounceReply(accepted=True)
 
 
