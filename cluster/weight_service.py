@@ -61,6 +61,7 @@ class WeightService(WeightsServicer):
         self._find = find
         self._streams_max = streams_max
         self._streams = 0
+        self.sent_bytes = 0
         self._threads = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="weights")
 
     def close(self) -> None:
@@ -77,7 +78,8 @@ class WeightService(WeightsServicer):
         self, request: GetHoldingsRequest, context: grpc.aio.ServicerContext[GetHoldingsRequest, Holdings]
     ) -> Holdings:
         held = await self._held(request.model_id, context)
-        return Holdings(tensors=await asyncio.get_running_loop().run_in_executor(self._threads, held.tensors))
+        tensors = await asyncio.get_running_loop().run_in_executor(self._threads, held.tensors)
+        return Holdings(tensors=tensors, sent_bytes=self.sent_bytes)
 
     async def ReadFile(
         self, request: ReadFileRequest, context: grpc.aio.ServicerContext[ReadFileRequest, Bytes]
@@ -94,6 +96,7 @@ class WeightService(WeightsServicer):
                 if not held.holds(request.file, position, position + len(data)):
                     await _refuse(context, grpc.StatusCode.DATA_LOSS, f"{request.file} was removed to make room")
                 position += len(data)
+                self.sent_bytes += len(data)
                 yield Bytes(data=data)
         except OSError as error:
             await _refuse(context, grpc.StatusCode.DATA_LOSS, f"cannot read {request.file}: {error.strerror or error}")

@@ -12,7 +12,7 @@ from cluster.nodes import Heartbeat, LoadPhase, LoadReport, NodeFacts
 from cluster.plan import Assignment, Fence
 from cluster.status import rpc_errors
 from cluster.transport import Credentials
-from cluster.types import CoordinatorId
+from cluster.types import CoordinatorId, ModelId
 from cluster.waiting import each_within
 from cluster.wire import node_pb2 as pb
 from cluster.wire import node_pb2_grpc as rpc
@@ -33,6 +33,7 @@ class NodeClient:
         self._coordinator = coordinator
         self._channel = credentials.channel(address)
         self._stub: rpc.NodeAsyncStub = rpc.NodeStub(self._channel)
+        self._weights: rpc.WeightsAsyncStub = rpc.WeightsStub(self._channel)
 
     @property
     def _who(self) -> str:
@@ -55,6 +56,13 @@ class NodeClient:
         """Give the node back. It would notice by itself; this is quicker."""
         with rpc_errors(self._who):
             await self._stub.Release(pb.ReleaseRequest(coordinator_id=self._coordinator), timeout=CONTROL_TIMEOUT_S)
+
+    async def holdings(self, model: ModelId) -> tuple[bytes, int]:
+        """Which of the model's tensors lie on the node's disk, as one bit each, and how many bytes of weights it has
+        sent to others so far."""
+        with rpc_errors(self._who):
+            found = await self._weights.GetHoldings(pb.GetHoldingsRequest(model_id=model), timeout=CONTROL_TIMEOUT_S)
+        return found.tensors, found.sent_bytes
 
     async def unload(self) -> None:
         """Free what the node has loaded, so that its memory counts for the next plan."""

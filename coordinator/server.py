@@ -27,6 +27,7 @@ from coordinator.api.app import create_app
 from coordinator.controller import Controller, Wish
 from coordinator.generation import ServedModel
 from coordinator.happenings import Happening, Listening, Tell, Working
+from coordinator.holders import Holders
 from coordinator.http import serve_http
 from coordinator.membership_service import CoordinatorService
 from coordinator.opening import OpenModel, WantedModel, open_model
@@ -75,6 +76,7 @@ class Coordinator:
         self._interfaces = choose_interfaces(read_interfaces(), options.cluster_host or "0.0.0.0")
         self._model: OpenModel | None = None
         self._controller: Controller | None = None
+        self._holders: Holders | None = None
         self._join: tuple[str, ...] = ()
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -161,7 +163,13 @@ class Coordinator:
         )
         wish = Wish(options.ask, options.min_nodes, host_id(options.state))
         self._controller = Controller(model, wish, self._roster, self._service, self._credentials, port, self._tell)
-        await self._controller.run()
+        self._holders = Holders(model.manifest, self._roster)
+        watching = asyncio.create_task(self._holders.watch())
+        try:
+            await self._controller.run()
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
 
     def _tell_opening(self, happening: Happening) -> None:
         """Whoever asks the endpoint meanwhile is told how far it is."""
@@ -180,6 +188,7 @@ class Coordinator:
             roster=self._roster,
             plan=self._controller.plan if self._controller else None,
             serving=self._controller.serving if self._controller else None,
+            held=self._holders.held if self._holders else {},
         )
 
 

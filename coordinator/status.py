@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from cluster.models.facts import ModelFacts
 from cluster.plan import Plan
 from cluster.types import NodeId
+from coordinator.holders import Held
 from coordinator.opening import OpenModel
 from coordinator.roster import Member, Roster
 from coordinator.serving import Serving
@@ -23,6 +24,7 @@ def status_of(
     roster: Roster,
     plan: Plan | None,
     serving: Serving | None,
+    held: Mapping[NodeId, Held],
 ) -> Mapping[str, object]:
     """Units are in the names; times are means over the latest decode steps."""
     members = roster.members
@@ -33,7 +35,9 @@ def status_of(
         "reason": reason,
         "join_addresses": list(join),
         "model": None if model is None else _model(model.resolved.name, model.facts),
-        "nodes": [_node(member, stage_of.get(member.facts.id)) for member in members.values()],
+        "nodes": [
+            _node(member, stage_of.get(member.facts.id), held.get(member.facts.id)) for member in members.values()
+        ],
         "turned_away": [{"who": who, "reason": why} for who, why in roster.turned_away.items()],
         "plan": None if plan is None else _plan(plan, members),
         "load": None if serving is None else _load(serving),
@@ -50,7 +54,7 @@ def _model(name: str, facts: ModelFacts) -> dict[str, object]:
     }
 
 
-def _node(member: Member, stage: int | None) -> dict[str, object]:
+def _node(member: Member, stage: int | None, held: Held | None) -> dict[str, object]:
     facts, beat = member.facts, member.beat
     return {
         "id": facts.id,
@@ -64,6 +68,10 @@ def _node(member: Member, stage: int | None) -> dict[str, object]:
         "problem": beat.problem if beat else "",
         "steps_done": beat.steps_done if beat else 0,
         "kv_tokens_used": beat.kv_tokens_used if beat else 0,
+        "weights": {
+            "held_bytes": held.held_bytes if held else 0,
+            "sending_bytes_s": held.sending_bytes_s if held else 0.0,
+        },
         "memory": {
             "budget_bytes": facts.memory.budget_bytes,
             "used_bytes": facts.memory.used_bytes,

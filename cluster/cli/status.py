@@ -37,7 +37,8 @@ def status_lines(status: Mapping[str, Any]) -> list[str]:
             f"  {node['name']} ({node['backend']} on {node['device']}) {stage}, {node['phase']}, "
             f"may give the model {format_bytes(memory['budget_bytes'])}, process uses "
             f"{format_bytes(memory['used_bytes'])} in all, "
-            f"pressure {memory['pressure']}" + (f"; {node['problem']}" if node["problem"] else "")
+            f"pressure {memory['pressure']}{_weights(node['weights'])}"
+            + (f"; {node['problem']}" if node["problem"] else "")
         )
     lines += [f"  {item['who']} is not used: {item['reason']}" for item in status["turned_away"]]
     lines += plan_table(status)
@@ -48,6 +49,13 @@ def status_lines(status: Mapping[str, Any]) -> list[str]:
         )
         lines += time_lines(status)
     return lines
+
+
+def _weights(weights: Mapping[str, Any]) -> str:
+    """What the node's disk holds for others, and whether it is sending it."""
+    held = f", {format_bytes(weights['held_bytes'])} of the weights on its disk" if weights["held_bytes"] else ""
+    rate_bytes_s = int(weights["sending_bytes_s"])
+    return held + (f", sending {format_bytes(rate_bytes_s)}/s to other nodes" if rate_bytes_s else "")
 
 
 def plan_table(status: Mapping[str, Any]) -> list[str]:

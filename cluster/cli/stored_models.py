@@ -38,10 +38,11 @@ def list_command(state: Path | None, as_json: bool) -> int:
         say(f"No node's store at or below {root} holds a model yet; nodes fetch what a coordinator serves.")
     for model in models:
         document = _document(model)
+        in_place = f"used in place from {document['in_place']}"
+        stored = f"{document['complete_tensors']} of {document['tensors']} tensors"
         say(
             f"{document['name']}  {model.store.model[:12]}  {format_bytes(model.size_bytes)}  "
-            f"{document['complete_tensors']} of {document['tensors']} tensors  last used {document['last_used']}  "
-            f"in {model.state}"
+            f"{in_place if document['in_place'] else stored}  last used {document['last_used']}  in {model.state}"
         )
     return 0
 
@@ -178,6 +179,7 @@ def _document(model: StoredModel) -> Mapping[str, object]:
         "bytes": model.size_bytes,
         "tensors": len(model.manifest.tensors) if model.manifest else 0,
         "complete_tensors": len(model.complete),
+        "in_place": str(in_place) if (in_place := model.store.in_place()) else None,
         "last_used": datetime.fromtimestamp(used_ns // 10**9, UTC).isoformat() if used_ns else "never",
         "state": str(model.state),
         "damaged": model.manifest is None,

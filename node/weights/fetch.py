@@ -97,6 +97,8 @@ class _Slice:
         self.manifest = await self._get_manifest()
         local = self.request.local_folder
         if local is not None and await self._is_usable(local):
+            await self._in_thread(self.store.note_in_place, local)
+            await self._in_thread(self.store.touch)
             return local
         await self._in_thread(self.store.open, self.manifest)
         await self._in_thread(self.store.touch)

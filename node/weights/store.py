@@ -4,6 +4,7 @@
     <state>/models/<model id>/journal         which tensors are here (node.weights.journal)
     <state>/models/<model id>/files/          sparse files that an engine opens like any checkpoint
     <state>/models/<model id>/used            empty; its time is that of the last use
+    <state>/models/<model id>/in-place        a folder elsewhere that is used as it is, instead of files/
 
 Owns the layout and every write to it. Knows nothing of layers or of where bytes come from. The node's state is
 locked, so one process at a time writes here. All functions block: call them in a thread.
@@ -12,6 +13,7 @@ locked, so one process at a time writes here. All functions block: call them in 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 from collections import defaultdict
@@ -60,6 +62,7 @@ class Store:
         """Create what does not exist yet, and forget tensors whose file was deleted or damaged from outside."""
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
+            (self.root / "in-place").unlink(missing_ok=True)
             intact = {entry.name for entry in manifest.files if self._size(entry) == entry.size_bytes}
             for entry in manifest.files:
                 if entry.header_bytes and entry.name not in intact:
@@ -79,6 +82,17 @@ class Store:
         with writing(self.folder):
             self.root.mkdir(parents=True, exist_ok=True)
             (self.root / "used").touch()
+
+    def note_in_place(self, folder: Path) -> None:
+        """Remember that `folder` was used as it is, so that nothing of the model needs to lie here."""
+        with writing(self.root):
+            write_atomically(self.root / "in-place", os.fsencode(folder))
+
+    def in_place(self) -> Path | None:
+        try:
+            return Path(os.fsdecode((self.root / "in-place").read_bytes()))
+        except OSError:
+            return None
 
     def last_used_ns(self) -> int:
         try:

@@ -21,7 +21,16 @@ from cluster.models.layout import owned_tensors
 from cluster.types import LayerRange
 from tests.checkpoints import make_checkpoint
 from tests.integration.answers import GREEDY, Question, question
-from tests.integration.live import START_S, happenings, has_backend, joined, new_cluster, processes_of, serving
+from tests.integration.live import (
+    START_S,
+    eventually,
+    happenings,
+    has_backend,
+    joined,
+    new_cluster,
+    processes_of,
+    serving,
+)
 from tests.integration.netns import Lan, lan, require_lan
 from tests.oracle.reference import WholeModel
 
@@ -89,6 +98,12 @@ def _received_bytes(coordinator: Process, node: str) -> int:
     return max(report["received_bytes"] for report in reports)
 
 
+def _held_bytes(box: Lan, url: str) -> dict[str, int]:
+    """By machine; the node beside the coordinator uses the model's own folder."""
+    nodes = _ask(box, "desk", f"{url}/potluck/status")["nodes"]
+    return {"mini" if node["name"] == "mini" else "desk": node["weights"]["held_bytes"] for node in nodes}
+
+
 def _assert_little_received(coordinator: Process, model: Model, *, strangers: set[str]) -> None:
     """Nodes on machines that have never seen the model received their slices and little more; others no tensor."""
     plan = happenings(coordinator, "planned")[-1]
@@ -111,11 +126,18 @@ def test_serve_here_and_join_there_is_all_it_takes(box: Lan, model: Model, tmp_p
         serving(model.folder, cluster, tmp_path / "desk", "--min-nodes", "2", cluster_host="", prefix=desk) as serve,
         joined("mini", OTHER, cluster, tmp_path / "mini", host="", prefix=mini) as join,
     ):
-        assert join.wait_for("up", START_S)["mdns_problem"] == ""
+        up = join.wait_for("up", START_S)
+        assert up["mdns_problem"] == ""
+        mini_id = up["id"]
         serve.process.wait_for("ready", START_S)
         answer = _ask(box, "desk", f"{serve.url}/v1/completions", model.body())
         assert answer["choices"][0]["token_ids"] == list(model.asked.ids)
         _assert_little_received(serve.process, model, strangers={"mini"})
+        [stage] = [s for s in happenings(serve.process, "planned")[-1]["plan"]["stages"] if s["members"] == [mini_id]]
+        eventually(
+            lambda: _held_bytes(box, serve.url) == {"desk": 0, "mini": model.slice_bytes(stage)},
+            "the status says what lies on whose disk",
+        )
     assert not processes_of(cluster)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -12,8 +13,12 @@ import pytest
 
 from cluster.cli.serve import potluck_command
 from cluster.state_dir import StateDir
+from cluster.transport import Credentials
+from cluster.types import LayerRange
+from node.weights.fetch import SliceRequest, ensure_slice
 from node.weights.shelf import Shelf
 from tests.integration.hub_server import Repository, hub_server
+from tests.integration.weight_roles import LAYERS, serving
 from tests.stored_weights import SourceModel
 
 _TENSOR_BYTES = 16 * 1024
@@ -48,6 +53,24 @@ def test_every_store_below_the_state_is_listed(tmp_path: Path, source: SourceMod
     assert listed[0]["last_used"] == "2023-11-14T22:13:20+00:00"
     assert 5 * _TENSOR_BYTES <= listed[0]["bytes"] < listed[1]["bytes"]
     assert "org/tiny" in _models(tmp_path / "state", "list").stdout
+
+
+def test_a_model_that_is_used_in_place_is_listed_with_its_folder(tmp_path: Path, source: SourceModel) -> None:
+    asyncio.run(_use_in_place(source, tmp_path / "state" / "node"))
+    [listed] = _said(_models(tmp_path / "state", "list", "--json"))["models"]
+    assert (listed["name"], listed["in_place"]) == ("org/tiny", str(source.folder))
+    assert listed["last_used"] != "never"
+    assert f"used in place from {source.folder}" in _models(tmp_path / "state", "list").stdout
+    source.put(Shelf(tmp_path / "state" / "node")).close()  # later its files came over the network
+    [listed] = _said(_models(tmp_path / "state", "list", "--json"))["models"]
+    assert (listed["in_place"], listed["complete_tensors"]) == (None, 15)
+
+
+async def _use_in_place(source: SourceModel, state: Path) -> None:
+    async with serving(source.folder, manifest=source.manifest) as coordinator:
+        request = SliceRequest(source.manifest.id, LayerRange(0, LAYERS), LAYERS, source.folder)
+        async with Credentials().channel(coordinator.address) as channel:
+            await ensure_slice(request, shelf=Shelf(state), channel=channel, progress=lambda _: None)
 
 
 def test_removing_frees_the_disk_but_not_under_a_running_node(tmp_path: Path, source: SourceModel) -> None:
