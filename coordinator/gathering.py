@@ -43,7 +43,7 @@ class Broken:
     @property
     def pause_s(self) -> float:
         """How long the next plan of the same nodes waits."""
-        return min(RETRY_S * 2**self.failures, RETRY_MAX_S)
+        return min(RETRY_S * (1 << min(self.failures, 16)), RETRY_MAX_S)
 
 
 @dataclass(frozen=True, slots=True)
