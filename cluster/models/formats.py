@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cluster.errors import ModelError
+from cluster.models.integers import Integers, read_awq, read_gptq, read_pack_quantized
 from cluster.models.layout import canonical_name
 from cluster.types import Backend
 
@@ -68,6 +69,8 @@ class Quantization:
     group: int  # columns that share a scale; 0: all of a row
     overrides: Mapping[str, Width] = field(default_factory=dict)  # of matrices by logical name
     block: tuple[int, int] | None = None  # rows and columns that share a scale of FP8; None: a row or everything
+    symmetric: bool = False  # of integers: every zero is half the range
+    zeros_are_one_less: bool = False  # of GPTQ: as files of its first version hold them
 
     @property
     def width(self) -> Width:
@@ -90,13 +93,25 @@ def read_quantization(config: Mapping[str, object], where: str) -> Quantization 
         case "fp8":
             return Quantization(Packing.FP8, 8, 0, block=_block(found.get("weight_block_size"), where))
         case "awq":
-            return Quantization(Packing.AWQ, *_width(found, where))
+            return _of_integers(Packing.AWQ, read_awq(found, where))
         case "gptq":
-            return Quantization(Packing.GPTQ, *_width(found, where))
+            return _of_integers(Packing.GPTQ, read_gptq(found, where))
+        case "compressed-tensors" if found.get("format") == Packing.INTEGERS:
+            return _of_integers(Packing.INTEGERS, read_pack_quantized(found, where))
         case "compressed-tensors":
             return _of_compressed_tensors(found, where)
         case method:
             raise _unread(method, where)
+
+
+def _of_integers(kind: Packing, stated: Integers) -> Quantization:
+    return Quantization(
+        kind,
+        stated.bits,
+        stated.group,
+        symmetric=stated.symmetric,
+        zeros_are_one_less=stated.zeros_are_one_less,
+    )
 
 
 def _of_mlx(found: Mapping[str, object], where: str) -> Quantization:
@@ -127,9 +142,6 @@ def _of_compressed_tensors(found: Mapping[str, object], where: str) -> Quantizat
         case "float-quantized" if weights.get("num_bits") == 8:
             block = weights.get("block_structure") if weights.get("strategy") == "block" else None
             return Quantization(Packing.FP8, 8, 0, block=_block(block, where))
-        case "pack-quantized":
-            named = {"bits": weights.get("num_bits"), "group_size": weights.get("group_size") or -1}
-            return Quantization(Packing.INTEGERS, *_width(named, where))
         case other:
             raise _unread(f"compressed-tensors {other}", where)
 

@@ -14,6 +14,7 @@ from math import prod
 from cluster.errors import ModelError
 from cluster.models.checkpoint import StoredTensor
 from cluster.models.formats import PACKED_IN_MEMORY, Packing, Quantization, Width
+from cluster.models.integer_shapes import INTEGER_PACKINGS, pair_bytes, unpacked_shape
 from cluster.models.layout import canonical_name
 from cluster.types import Backend, DType
 
@@ -41,6 +42,7 @@ class Matrix:
     shape: tuple[int, ...]  # [..., outputs, inputs] where it is packed
     width: Width  # bits of an element and columns that share a scale; 0 columns: not told by the format
     tensors: Mapping[Role, StoredTensor]
+    symmetric: bool = False  # of integers: every zero is half the range
 
     @property
     def values(self) -> StoredTensor:
@@ -60,6 +62,15 @@ class Matrix:
     def resident_bytes(self, backend: Backend, dtype: DType) -> int:
         """In the memory of an engine that computes in `dtype`."""
         if backend in PACKED_IN_MEMORY[self.packing]:
+            if self.packing in INTEGER_PACKINGS:
+                group = self.width.group or self.shape[-1]
+                pairs = (
+                    prod(self.shape)
+                    // group
+                    * pair_bytes(self.tensors[Role.SCALES].dtype, group, backend, dtype, symmetric=self.symmetric)
+                )
+                order = self.tensors.get(Role.ORDER)
+                return self.values.size_bytes + pairs + (order.size_bytes if order else 0)
             return sum(tensor.size_bytes for role, tensor in self.tensors.items() if role is not Role.INPUTS)
         return prod(self.shape) * dtype.size_bytes
 
@@ -168,7 +179,12 @@ def _matrix(
     elif naming is _EIGHT_BITS:
         packing, width, shape = Packing.FP8, Width(8, 0), values.shape
     else:
-        packing, width, shape = _of_integers(values, naming, stated, where)
+        if (naming is _COMPRESSED) is not (stated.kind is Packing.INTEGERS):
+            raise ModelError(f"{where}: config.json states {stated.kind}, but there is {values.name!r}; download again")
+        zeros, order = found.get(Role.ZEROS), found.get(Role.ORDER)
+        shape = unpacked_shape(stated, values, scales, zeros, order, where)
+        symmetric = zeros is None or (stated.symmetric and stated.kind is Packing.GPTQ)
+        return Matrix(name, stated.kind, shape, stated.width, found, symmetric)
     return Matrix(name, packing, shape, width, found)
 
 
@@ -205,20 +221,3 @@ def _of_mlx(name: str, found: Mapping[Role, StoredTensor], stated: Quantization,
 
 _FLOATS = {Packing.MXFP4: Width(4, 32), Packing.MXFP8: Width(8, 32), Packing.NVFP4: Width(4, 16)}
 """MLX's packings that have no settings; each with another number of bits for a scale."""
-
-
-def _of_integers(
-    values: StoredTensor, naming: _Naming, stated: Quantization, where: str
-) -> tuple[Packing, Width, tuple[int, ...]]:
-    expected = {Packing.INTEGERS} if naming is _COMPRESSED else {Packing.AWQ, Packing.GPTQ}
-    if stated.kind not in expected or len(values.shape) != 2 or values.dtype is not DType.I32:
-        raise ModelError(f"{where}: {values.name!r} is no matrix packed as {stated.kind}; download the model again")
-    first, last = values.shape
-    match stated.kind:
-        case Packing.AWQ:
-            shape = (last * _WORD_BITS // stated.bits, first)
-        case Packing.GPTQ:
-            shape = (last, first * _WORD_BITS // stated.bits)
-        case _:
-            shape = (first, last * _WORD_BITS // stated.bits)
-    return stated.kind, stated.width, shape

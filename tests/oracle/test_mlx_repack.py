@@ -55,9 +55,10 @@ def assert_same(matrix: Affine, quantised: Quantised) -> None:
     np.testing.assert_array_equal(dequantised(matrix, quantised.bits), quantised.dequantised)
 
 
-def of_gptq(quantised: Quantised, version: int = 1, dtype: Any = mx.float16) -> Affine:
+def of_gptq(quantised: Quantised, version: int = 1, *, symmetric: bool = False) -> Affine:
     files = in_mlx(integer_formats.gptq(quantised, version=version))
-    return from_gptq(**files, bits=quantised.bits, zeros_are_one_less=version == 1, dtype=dtype)
+    bits, less = quantised.bits, version == 1
+    return from_gptq(**files, bits=bits, symmetric=symmetric, zeros_are_one_less=less, dtype=mx.float16)
 
 
 @pytest.mark.parametrize("group", [32, 64, 128, 256, INPUTS])
@@ -68,10 +69,13 @@ def test_awq_matrices_are_exact(group: int) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("reordered", [False, True])
-def test_gptq_matrices_are_exact(bits: int, version: int, reordered: bool) -> None:
-    quantised = integer_formats.quantise(weights(), bits=bits, order=shuffled() if reordered else None)
-    matrix = of_gptq(quantised, version)
+def test_gptq_matrices_are_exact(bits: int, version: int, symmetric: bool, reordered: bool) -> None:
+    order = shuffled() if reordered else None
+    quantised = integer_formats.quantise(weights(), bits=bits, symmetric=symmetric, order=order)
+    matrix = of_gptq(quantised, version, symmetric=symmetric)
+    assert matrix.scales.dtype == matrix.biases.dtype == (mx.float16 if symmetric else mx.float32)
     assert (matrix.inputs is not None) is reordered
     assert_same(matrix, quantised)
 
@@ -99,6 +103,11 @@ def test_symmetric_matrices_keep_the_type_of_their_scales() -> None:
     assert_same(other, quantised)
 
 
+def test_zeros_off_the_middle_of_a_symmetric_matrix_are_refused() -> None:
+    with pytest.raises(ModelError, match="the files hold zeros off the middle"):
+        of_gptq(integer_formats.quantise(weights()), symmetric=True)
+
+
 def test_an_order_that_was_never_set_is_none() -> None:
     files = in_mlx(integer_formats.compressed(integer_formats.quantise(weights(), symmetric=True), symmetric=True))
     never = mx.full((INPUTS,), -1, dtype=mx.int32)
@@ -111,7 +120,13 @@ def test_columns_in_groups_that_do_not_exist_or_are_too_large_are_refused(damage
     quantised = integer_formats.quantise(weights(), order=shuffled())
     files = in_mlx(integer_formats.gptq(quantised))
     with pytest.raises(ModelError, match="expected 32 columns in each of 16 groups"):
-        from_gptq(**(files | {"g_idx": damage(files["g_idx"])}), bits=4, zeros_are_one_less=True, dtype=mx.float16)
+        from_gptq(
+            **(files | {"g_idx": damage(files["g_idx"])}),
+            bits=4,
+            symmetric=False,
+            zeros_are_one_less=True,
+            dtype=mx.float16,
+        )
 
 
 def test_groups_that_mlx_does_not_have_are_refused() -> None:

@@ -63,15 +63,16 @@ def test_awq_matrices_are_exact(group: int) -> None:
 def test_gptq_matrices_are_exact(bits: int, version: int, symmetric: bool) -> None:
     quantised = integer_formats.quantise(weights(), bits=bits, symmetric=symmetric)
     files = in_torch(integer_formats.gptq(quantised, version=version))
-    matrix = from_gptq(**files, bits=bits, zeros_are_one_less=version == 1)
+    matrix = from_gptq(**files, bits=bits, symmetric=symmetric, zeros_are_one_less=version == 1)
     assert matrix.inputs is None
+    assert matrix.biases.dtype is (torch.float16 if symmetric else torch.float32)
     assert_same(matrix, quantised)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_gptq_columns_in_the_order_of_activations_are_exact(bits: int) -> None:
     quantised = integer_formats.quantise(weights(), bits=bits, order=shuffled())
-    matrix = from_gptq(**in_torch(integer_formats.gptq(quantised)), bits=bits, zeros_are_one_less=True)
+    matrix = from_gptq(**in_torch(integer_formats.gptq(quantised)), bits=bits, symmetric=False, zeros_are_one_less=True)
     assert matrix.inputs is not None
     assert_same(matrix, quantised)
 
@@ -97,6 +98,12 @@ def test_symmetric_matrices_keep_the_type_of_their_scales() -> None:
     assert matrix.scales.dtype == matrix.biases.dtype == torch.float16
 
 
+def test_zeros_off_the_middle_of_a_symmetric_matrix_are_refused() -> None:
+    files = in_torch(integer_formats.gptq(integer_formats.quantise(weights())))
+    with pytest.raises(ModelError, match="the files hold zeros off the middle"):
+        from_gptq(**files, bits=4, symmetric=True, zeros_are_one_less=True)
+
+
 def test_an_order_that_was_never_set_is_none() -> None:
     quantised = integer_formats.quantise(weights(), symmetric=True)
     files = in_torch(integer_formats.compressed(quantised, symmetric=True))
@@ -110,4 +117,4 @@ def test_columns_in_groups_that_do_not_exist_or_are_too_large_are_refused(damage
     assert callable(damage)
     damage(files["g_idx"])
     with pytest.raises(ModelError, match="expected 32 columns in each of 8 groups"):
-        from_gptq(**files, bits=4, zeros_are_one_less=True)
+        from_gptq(**files, bits=4, symmetric=False, zeros_are_one_less=True)

@@ -175,15 +175,19 @@ def test_an_override_of_a_wrapped_model_is_found_by_its_canonical_name() -> None
         (AFFINE_4, mlx(5, 48), "states 5 bits and groups of 48"),
         (CODES_4, mlx(4, 64), "packed in a way that Potluck does not know"),
         ({f"{PATH}.weight": (F8, (64, 64))}, method("fp8"), "its scales are missing"),
-        ({f"{PATH}.qweight": (I32, (64, 8)), f"{PATH}.scales": (BF16, (1, 64))}, method("fp8"), "no matrix packed as"),
+        (
+            {f"{PATH}.qweight": (I32, (64, 8)), f"{PATH}.scales": (BF16, (1, 64))},
+            method("fp8"),
+            "weights packed as fp8",
+        ),
         (
             {f"{EXPERTS}_blocks": (U8, (8, 256, 4, 8)), f"{EXPERTS}_scales": (U8, (8, 256, 4))},
             method("mxfp4"),
             "expected 16 bytes for each scale",
         ),
         (
-            AFFINE_4 | {f"{PATH}.qweight": (I32, (64, 8))},
-            method("awq", bits=4, group_size=64),
+            AFFINE_4 | {f"{PATH}.weight_packed": (I32, (64, 16)), f"{PATH}.weight_scale": (BF16, (64, 4))},
+            method("compressed-tensors", **COMPRESSED),
             "stored twice, packed in two ways",
         ),
     ],

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from cluster.errors import ModelError
-
-_WIDTHS = (128, 64, 32)
-"""Columns that may share a scale in MLX. A larger group's scale is repeated."""
+from cluster.models.integer_shapes import MLX_GROUPS
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The rows whose values an AWQ word holds, from its lowest bits up; AutoAWQ's kernels unpack pairs in this order."""
 
 _WORD_BITS = 32
+
+_OTHER_ZEROS = "config.json says that the weights are symmetric (sym), and the files hold zeros off the middle"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +58,24 @@ def from_gptq(
     g_idx: mx.array | None,
     *,
     bits: int,
+    symmetric: bool,
     zeros_are_one_less: bool,
     dtype: mx.Dtype,
 ) -> Affine:
     """qweight [inputs * bits / 32, rows], qzeros [groups, rows * bits / 32], scales [groups, rows], g_idx [inputs].
 
     Files of the first version (`checkpoint_format: gptq`) hold zeros less one. The one is subtracted from whole words
-    there, and added to whole words here, so that the carry of a zero that was 0 finds its way back.
+    there, and added to whole words here, so that the carry of a zero that was 0 finds its way back. The zeros of a
+    symmetric matrix are half the range; its file holds them nevertheless.
     """
     qzeros = qzeros.view(mx.uint32)
     if zeros_are_one_less:
         qzeros = qzeros + mx.array(sum(1 << place for place in range(0, _WORD_BITS, bits)), mx.uint32)
-    return _affine(qweight.view(mx.uint32).T, scales.T, _values(qzeros, bits).T, g_idx, bits=bits, dtype=dtype)
+    zeros = _values(qzeros, bits).T
+    if symmetric and not bool(mx.all(zeros == 1 << (bits - 1))):
+        raise ModelError(_OTHER_ZEROS)
+    words = qweight.view(mx.uint32).T
+    return _affine(words, scales.T, None if symmetric else zeros, g_idx, bits=bits, dtype=dtype)
 
 
 def from_pack_quantized(
@@ -119,7 +125,7 @@ def _affine(
 
 def _repeats(width: int) -> int:
     """How many of MLX's groups a group of `width` columns makes."""
-    for allowed in _WIDTHS:
+    for allowed in MLX_GROUPS:
         if width % allowed == 0:
             return width // allowed
     raise ModelError(f"MLX computes with groups of 32 columns and multiples of it; these have {width}")

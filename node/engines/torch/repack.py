@@ -23,6 +23,8 @@ _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 _WORD_BITS = 32
 
+_OTHER_ZEROS = "config.json says that the weights are symmetric (sym), and the files hold zeros off the middle"
+
 
 @dataclass(frozen=True, slots=True)
 class Affine:
@@ -47,7 +49,7 @@ def from_awq(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) 
         words[:, row] = packed.T
     zeros = torch.stack([(qzeros >> (4 * _AWQ_ORDER.index(row))) & 15 for row in range(per_word)], dim=-1)
     scales = scales.T.contiguous()
-    return Affine(words.flatten(0, 1), scales, _biases(scales, zeros.flatten(1).T))
+    return Affine(words.flatten(0, 1), scales, _biases(scales, zeros.flatten(1).T, 4))
 
 
 def from_gptq(
@@ -57,17 +59,22 @@ def from_gptq(
     g_idx: torch.Tensor | None,
     *,
     bits: int,
+    symmetric: bool,
     zeros_are_one_less: bool,
 ) -> Affine:
     """qweight [inputs * bits / 32, rows], qzeros [groups, rows * bits / 32], scales [groups, rows], g_idx [inputs].
 
     Files of the first version (`checkpoint_format: gptq`) hold zeros less one. The one is subtracted from whole words
-    there, and added to whole words here, so that the carry of a zero that was 0 finds its way back.
+    there, and added to whole words here, so that the carry of a zero that was 0 finds its way back. The zeros of a
+    symmetric matrix are half the range; its file holds them nevertheless.
     """
     if zeros_are_one_less:
         qzeros = qzeros + sum(1 << place for place in range(0, _WORD_BITS, bits))
+    zeros = _values(qzeros, bits).T
+    if symmetric and not bool((zeros == 1 << (bits - 1)).all()):
+        raise ModelError(_OTHER_ZEROS)
     scales = scales.T.contiguous()
-    biases = _biases(scales, _values(qzeros, bits).T)
+    biases = _biases(scales, None if symmetric else zeros, bits)
     return _ordered(Affine(qweight.T.contiguous(), scales, biases), g_idx, bits)
 
 
@@ -87,16 +94,17 @@ def from_pack_quantized(
     rows, zeros = weight_scale.shape[0], None
     if weight_zero_point is not None:
         zeros = _values(weight_zero_point.T.contiguous(), bits)[:, :rows].T
-    biases = _biases(weight_scale, zeros, symmetric=1 << (bits - 1))
+    biases = _biases(weight_scale, zeros, bits)
     if weight_g_idx is not None and bool((weight_g_idx == -1).all()):
         weight_g_idx = None  # as written for a matrix that was never reordered
     return _ordered(Affine(weight_packed, weight_scale, biases), weight_g_idx, bits)
 
 
-def _biases(scales: torch.Tensor, zeros: torch.Tensor | None, *, symmetric: int = 0) -> torch.Tensor:
-    """Exact: a power of two times a scale in the scale's type; any other zero has up to eight bits more, in float32."""
+def _biases(scales: torch.Tensor, zeros: torch.Tensor | None, bits: int) -> torch.Tensor:
+    """Without zeros they are half the range: a power of two, so that the biases fit the scales' type. Any other zero
+    has up to eight bits of its own, and float32 holds the product."""
     if zeros is None:
-        return scales * -symmetric
+        return scales * -(1 << (bits - 1))
     return -(scales.float() * zeros)
 
 
