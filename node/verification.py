@@ -1,5 +1,5 @@
 """Whether stages compute what the whole model computes: each on the reference's own input, each layer alone, and all
-of them chained through their own boundaries.
+of them chained through their own boundaries. On the way every layer is sketched, for comparison with other days.
 
 Owns: feeding the stages and what is compared with what. Engines come from outside; what an error is and how large it
 may be is `node.comparison`. Knows nothing of clusters, options or terminals.
@@ -21,6 +21,7 @@ from cluster.steps import Boundary, Draw, Row, Sampling
 from cluster.types import Backend, LayerRange, SequenceId
 from node.comparison import Floats, Trace, errors_of, from_host, summary, to_host, tolerance
 from node.engine import Engine, LoadProgress, Logits, StageSpec
+from node.fingerprint import Sketch, sketch_of, steady_input, steady_rms
 from node.hardware import Device
 
 Create = Callable[[Backend], Engine]
@@ -29,9 +30,9 @@ Tell = Callable[[str, int, int], None]
 """What is being done; how far it is, of how much."""
 
 SEQUENCES = 2
-"""Cached at once: one computes on the reference's input, one on what the stage before sent."""
+"""Cached at once: one computes on the reference's input, one on what the stage before sent or on the steady input."""
 
-_FED, _CHAINED = SequenceId(1), SequenceId(2)
+_FED, _CHAINED, _STEADY = SequenceId(1), SequenceId(2), SequenceId(2)
 _GREEDY = Draw(Sampling(seed=0, temperature=0.0), prompt_tokens=0)
 
 
@@ -104,6 +105,7 @@ class Verdict:
     stages: tuple[Comparison, ...]
     layers: tuple[Comparison, ...]
     chain: Chain
+    sketches: tuple[Sketch, ...]  # of the layers
 
     @property
     def within(self) -> bool:
@@ -126,10 +128,12 @@ def verify(subject: Subject, trace: Trace, create: Create, tell: Tell) -> Verdic
             carried = run.feed(engine, _CHAINED, carried)
     chain = run.compare_chain(carried)
     layers: list[Comparison] = []
+    sketches: list[Sketch] = []
     for part in subject.layers:
         with run.engine(part) as engine:
             layers.append(run.compare(part, engine))
-    return Verdict(tuple(stages), tuple(layers), chain)
+            sketches.append(run.sketch(part, engine))
+    return Verdict(tuple(stages), tuple(layers), chain, tuple(sketches))
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,11 +196,7 @@ class _Run:
     def compare(self, part: Part, engine: Engine) -> Comparison:
         """Give the part what the reference had where it begins, and see what it makes of it."""
         layers, hidden, facts = part.layers, self.trace.hidden, self.subject.facts
-        entering: Sequence[Boundary | None] = self.nothing
-        if layers.first > 0:
-            dtype = facts.boundary[0].dtype
-            entering = [(to_host(hidden[layers.first][begin:end], dtype),) for begin, end in self.pieces]
-        leaving = self.feed(engine, _FED, entering)
+        leaving = self.feed(engine, _FED, self.entering(hidden[layers.first]) if layers.first > 0 else self.nothing)
         if layers.last == facts.layer_count:
             error = self.logits_error(_logits(leaving))
         else:
@@ -204,6 +204,19 @@ class _Run:
             error = self.summary(errors_of(found, hidden[layers.last], hidden[layers.first : layers.last + 1]))
         same = part.device == self.trace.device
         return Comparison(part, error, self.tolerance(len(layers), same=same))
+
+    def sketch(self, part: Part, engine: Engine) -> Sketch:
+        """Give the part what it is given every time."""
+        first, hidden = part.layers.first, self.trace.hidden[part.layers.first]
+        tokens, width = hidden.shape
+        rms = steady_rms(hidden) if first > 0 else 0.0
+        steady = self.entering(steady_input(first, tokens, width, rms)) if first > 0 else self.nothing
+        return sketch_of(part.layers, rms, self.feed(engine, _STEADY, steady))
+
+    def entering(self, hidden: Floats) -> list[Boundary]:
+        """`hidden` in pieces, as a stage takes them."""
+        dtype = self.subject.facts.boundary[0].dtype
+        return [(to_host(hidden[begin:end], dtype),) for begin, end in self.pieces]
 
     def compare_chain(self, leaving: Sequence[Boundary | Logits | None]) -> Chain:
         logits = _logits(leaving)

@@ -9,6 +9,7 @@ import typer
 from cluster import __version__
 from cluster.cli import options as opt
 from cluster.cli.models import app as models_app
+from cluster.cli.verify_options import verify
 
 app = typer.Typer(
     name="potluck",
@@ -261,24 +262,7 @@ def doctor(state: opt.State = None, as_json: opt.Json = False) -> None:
     raise typer.Exit(examine(as_json, state))
 
 
-@app.command()
-def verify(
-    model: opt.Model,
-    stages: Annotated[int, typer.Option(min=1, help="How many stages to cut the model into.")] = 2,
-    backend: Annotated[
-        str, typer.Option(help="Engine of each stage, such as torch,mlx; one name is for all.")
-    ] = "auto",
-    tokens: Annotated[int, typer.Option(min=2, help="Length of the test input.")] = 48,
-    as_json: opt.Json = False,
-) -> None:
-    """Prove that every stage and layer computes what the single-process library computes.
-
-    Runs in this process: the reference model is held whole, so it must fit this machine.
-    """
-    from cluster.cli.running import run_command
-    from cluster.cli.verify import VerifyCommand, verify_command
-
-    run_command(verify_command, VerifyCommand(model, stages, backend, tokens, as_json))
+app.command()(verify)
 
 
 def main() -> None:

@@ -1,29 +1,35 @@
 """`potluck verify`: does every stage and every layer compute what the library computes with the whole model?
 
-Owns: what the options mean, how the model is cut, and the choice of the reference. The comparing is
-`node.verification`, the showing `cluster.cli.verify_report`. Everything runs in this process: no node is asked.
+Owns: what the options mean, and the choice of devices and of the reference. How the model is cut is
+`cluster.cli.verify_cut`, the comparing `node.verification` and, with earlier days, `cluster.cli.drift`; the showing is
+`cluster.cli.verify_report`. Everything runs in this process: no node is asked, even where a cluster's plan is verified.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import assert_never
+from pathlib import Path
+from typing import Final, assert_never
 
 import numpy as np
 from rich.console import Console
 
+from cluster.cli import drift
+from cluster.cli.endpoint import Endpoint
+from cluster.cli.fingerprints import Fingerprints
+from cluster.cli.verify_cut import Cut, RunningPlan, check_cuts, even_cut, parse_backends, parse_stages, read_plan
 from cluster.cli.verify_report import Report, Telling, document, show
 from cluster.errors import DoesNotFit, UsageError
 from cluster.models.checkpoint import Checkpoint, open_checkpoint
 from cluster.models.facts import ModelFacts, read_facts
 from cluster.models.families import family_of
+from cluster.models.manifest import build_manifest
 from cluster.placement import stage_cost
 from cluster.quantities import format_bytes
-from cluster.types import Backend, DType, LayerRange
+from cluster.state_dir import StateDir, default_state_path
+from cluster.types import Backend, DType
 from coordinator.hub import resolve_model
 from node.comparison import Trace
 from node.engines.registry import create_engine
@@ -35,68 +41,98 @@ from node.verification import SEQUENCES, Part, Subject, verify
 class VerifyCommand:
     """The options as typed."""
 
-    model: str
-    stages: int
-    backend: str
-    tokens: int
-    as_json: bool
+    model: str | None
+    stages: str | None = None
+    backend: str = "auto"
+    tokens: int = 48
+    url: str | None = None
+    accept: bool = False
+    state: Path | None = None
+    as_json: bool = False
+
+
+DRIFTED: Final = 3
+"""The exit code when everything is right and some layer has moved: a gate may want to know both apart."""
 
 
 def verify_command(command: VerifyCommand) -> int:
-    backends = parse_backends(command.backend, command.stages)
-    with Telling() as tell:
-        model = resolve_model(
-            command.model, progress=lambda done, total: tell(f"downloading {command.model}", done, total)
-        )
+    running = _running_plan(command)
+    text = command.model or (running.model if running else "")
+    cuts = _wanted_cuts(command, running)
+    with Telling() as tell, StateDir((command.state or default_state_path()) / "verify") as state:
+        model = resolve_model(text, progress=lambda done, total: tell(f"downloading {text}", done, total))
         checkpoint = open_checkpoint(model.folder)
-        subject = _subject(checkpoint, command, backends)
+        subject = _subject(checkpoint, command, cuts)
         reference = _reference(subject.facts)
         check_memory(subject, reference, command.tokens)
+        # The coordinator remembers hashes there, and so they need not be computed again.
+        manifest = build_manifest(
+            checkpoint,
+            name=model.name,
+            revision=model.revision,
+            cache=state.path.parent / "coordinator" / "hashes",
+            progress=lambda done, total: tell("hashing the model", done, total),
+        )
         tell(f"the whole model by {engine_version(reference.backend)} on {reference.device}", 0, 0)
         trace = _trace(subject, _input(subject.facts, command.tokens), reference)
         verdict = verify(subject, trace, create_engine, tell)
-    notes = _notes(checkpoint, subject, command.tokens)
-    report = Report(model.name, model.revision, subject.facts, command.tokens, reference, verdict, notes)
+        store = Fingerprints(state.path / "fingerprints")
+        drifts = drift.compare(subject, verdict, manifest.id, command.tokens, store)
+        has_drifted = any(found.beyond for found in drifts)
+        keeps = verdict.within and (command.accept or not has_drifted)  # what is wrong is nothing to compare with
+        if keeps:
+            drift.keep(subject, verdict, manifest.id, command.tokens, store, accept=command.accept)
+    notes = (*_notes(checkpoint, subject, command.tokens), *_notes_on_plan(subject, running), *_notes_on(store))
+    report = Report(model.name, model.revision, subject.facts, command.tokens, reference, verdict, drifts, keeps, notes)
     if command.as_json:
         sys.stdout.write(json.dumps(document(report), allow_nan=False) + "\n")
     else:
         show(report, Console(highlight=False))
-    return 0 if verdict.within else 1
+    if not verdict.within:
+        return 1
+    return DRIFTED if has_drifted and not command.accept else 0
 
 
-def parse_backends(text: str, stages: int) -> tuple[Backend, ...]:
-    """The engine of each stage, the names repeated in order; empty for `auto`."""
-    if text.strip() == "auto":
-        return ()
-    names = [name.strip() for name in text.split(",")]
-    known = {backend.value for backend in Backend}
-    if not set(names) <= known:
-        raise UsageError(f"expected --backend auto, or names from {', '.join(sorted(known))}, found {text!r}")
-    if len(names) > stages:
-        raise UsageError(f"--backend {text} names {len(names)} engines for --stages {stages}")
-    return tuple(Backend(names[stage % len(names)]) for stage in range(stages))
+def _running_plan(command: VerifyCommand) -> RunningPlan | None:
+    if command.url is None:
+        if command.model is None:
+            raise UsageError("expected MODEL, or --url with the endpoint whose plan is to be verified")
+        return None
+    if command.stages is not None or command.backend != "auto":
+        raise UsageError("--url takes stages and engines from the running plan; leave --stages and --backend out")
+    return read_plan(Endpoint(command.url).get("/potluck/status"))
 
 
-def even_cut(facts: ModelFacts, stages: int) -> tuple[LayerRange, ...]:
-    """Stages of about as many layers each, cut only where the model can be."""
-    cuts = sorted(facts.legal_cuts | {0})
-    if stages > len(cuts):
-        raise UsageError(f"--stages {stages} is more than this model can be cut into: it has {len(cuts)} layers")
-    begins = [cuts[stage * len(cuts) // stages] for stage in range(stages)]
-    return tuple(LayerRange(first, last) for first, last in pairwise((*begins, facts.layer_count)))
+def _wanted_cuts(command: VerifyCommand, running: RunningPlan | None) -> int | tuple[Cut, ...]:
+    if running is not None:
+        return running.cuts
+    wanted = parse_stages(command.stages or "2")
+    if not isinstance(wanted, int) and command.backend != "auto":
+        raise UsageError("--stages names an engine for each stage already; leave --backend out")
+    if isinstance(wanted, int):
+        parse_backends(command.backend, wanted)  # what is wrong is said before anything is downloaded
+    return wanted
 
 
-def _subject(checkpoint: Checkpoint, command: VerifyCommand, backends: Sequence[Backend]) -> Subject:
+def _subject(checkpoint: Checkpoint, command: VerifyCommand, wanted: int | tuple[Cut, ...]) -> Subject:
     facts = read_facts(checkpoint)
     if command.tokens > facts.context_tokens:
         raise UsageError(f"--tokens {command.tokens} is beyond the model's context of {facts.context_tokens}")
-    cuts = even_cut(facts, command.stages)
-    if missing := set(backends) - facts.backends:
+    if isinstance(wanted, int):
+        backends: tuple[Backend | None, ...] = parse_backends(command.backend, wanted) or (None,) * wanted
+        cuts = [Cut(layers, backend) for layers, backend in zip(even_cut(facts, wanted), backends, strict=True)]
+    else:
+        cuts = list(wanted)
+        check_cuts(facts, cuts, "the running plan" if command.url else "--stages")
+    if missing := {cut.backend for cut in cuts if cut.backend is not None} - facts.backends:
         able = ", ".join(sorted(facts.backends))
-        raise UsageError(f"--backend {command.backend}: this model runs on {able} alone, not on {min(missing)}")
-    devices = [detect_devices(backend)[0] for backend in backends] or [_best_device(facts)] * len(cuts)
-    parts = tuple(Part(stage, layers, devices[stage]) for stage, layers in enumerate(cuts))
+        raise UsageError(f"this model runs on {able} alone, not on {min(missing)}; name other engines")
+    parts = tuple(Part(stage, cut.layers, _device_for(facts, cut.backend)) for stage, cut in enumerate(cuts))
     return Subject(checkpoint.folder, facts, parts)
+
+
+def _device_for(facts: ModelFacts, backend: Backend | None) -> Device:
+    return _best_device(facts) if backend is None else detect_devices(backend)[0]
 
 
 def _best_device(facts: ModelFacts) -> Device:
@@ -160,3 +196,18 @@ def _notes(checkpoint: Checkpoint, subject: Subject, tokens: int) -> tuple[str, 
     if subject.routed and subject.facts.dtype is not DType.F32:
         notes.append("errors are the median token's: in 16 bits a router may choose another expert for a few tokens")
     return tuple(notes)
+
+
+def _notes_on_plan(subject: Subject, running: RunningPlan | None) -> tuple[str, ...]:
+    """Where the cluster computes on something that this machine has not used."""
+    if running is None:
+        return ()
+    return tuple(
+        f"stage {part.stage} runs on {device} in the cluster, and was computed on {part.device.device} here"
+        for part, device in zip(subject.stages, running.devices, strict=True)
+        if device != part.device.device
+    )
+
+
+def _notes_on(store: Fingerprints) -> tuple[str, ...]:
+    return tuple(f"the fingerprint {name} is damaged and counts as none; remove it" for name in sorted(store.damaged))

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
+from cluster.cli.drift import Drift
 from cluster.models.facts import ModelFacts
 from node.hardware import Device, engine_version
 from node.verification import Comparison, Verdict
@@ -28,6 +29,8 @@ class Report:
     tokens: int
     reference: Device
     verdict: Verdict
+    drifts: tuple[Drift, ...]
+    kept: bool  # the fingerprints, to compare with next time
     notes: tuple[str, ...]
 
 
@@ -75,6 +78,10 @@ def show(report: Report, console: Console) -> None:
         _add(table, f"layer {_layer_name(layer, facts)}", layer)
     console.print(table)
     say("Errors are relative to the rms of what the reference computes from the same input.")
+    for drift in report.drifts:
+        say(drift_line(drift))
+    if any(drift.beyond for drift in report.drifts):
+        say("Accepted, and compared with from now on." if report.kept else "If that is right, repeat with --accept.")
     for note in report.notes:
         say(f"Note: {note}.")
     say(verdict_line(report))
@@ -94,6 +101,25 @@ def verdict_line(report: Report) -> str:
     wrong += [] if verdict.chain.within else ["the chain"]
     wrong += [f"layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}"] if layers else []
     return f"NOT within tolerance: {'; '.join(wrong)}. The worst layer is {named}."
+
+
+def drift_line(drift: Drift) -> str:
+    """What has moved since this engine and device were looked at before."""
+    maker, count = drift.maker, len(drift.layers)
+    name = f"Fingerprint of {maker.versions} on {maker.device} ({maker.hardware})"
+    since = next((layer.since for layer in (*drift.beyond, *drift.compared) if layer.since is not None), None)
+    if since is None:
+        return f"{name}: the first one of {count} layers."
+    before = f"{since.made}" if since.maker.versions == maker.versions else f"{since.maker.versions}, {since.made}"
+    worst, added = drift.worst, count - len(drift.compared)
+    more = f"; {added} layers were not looked at then" if added else ""
+    if worst is None or worst.by is None:
+        return f"{name}: every bit as on {before}{more}."
+    how_far = f"most layer {worst.layers.first}, by {worst.by:.1g} where {worst.allowed:.1g} is rounding"
+    if not drift.beyond:
+        return f"{name}: moved within rounding since {before}: {how_far}{more}."
+    moved = ", ".join(str(layer.layers.first) for layer in drift.beyond)
+    return f"{name}: DRIFT since {before}: layers {moved}, {how_far}{more}."
 
 
 def _layer_name(layer: Comparison, facts: ModelFacts) -> str:
@@ -140,6 +166,9 @@ def document(report: Report) -> dict[str, object]:
             "found_tokens": verdict.chain.found_tokens,
         },
         "worst_layer": verdict.worst_layer.part.layers.first,
+        "drifted": any(drift.beyond for drift in report.drifts),
+        "fingerprints": [_drift_document(drift) for drift in report.drifts],
+        "fingerprints_kept": report.kept,
         "notes": report.notes,
     }
 
@@ -156,6 +185,29 @@ def _comparison_document(comparison: Comparison) -> dict[str, object]:
         "error": _number(comparison.error),
         "tolerance": comparison.tolerance,
         "ok": comparison.within,
+    }
+
+
+def _drift_document(drift: Drift) -> dict[str, object]:
+    maker = drift.maker
+    return {
+        "backend": maker.backend.value,
+        "device": maker.device,
+        "hardware": maker.hardware,
+        "versions": maker.versions,
+        "layers": [
+            {
+                "first_layer": layer.layers.first,
+                "last_layer": layer.layers.last,
+                "since": None if layer.since is None else layer.since.maker.versions,
+                "since_date": None if layer.since is None else layer.since.made,
+                "identical": layer.identical,
+                "moved": None if layer.by is None else _number(layer.by),
+                "allowed": layer.allowed,
+                "ok": not layer.beyond,
+            }
+            for layer in drift.layers
+        ],
     }
 
 

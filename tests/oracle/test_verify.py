@@ -20,7 +20,8 @@ import torch
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 from safetensors.torch import load_file, save_file
 
-from cluster.cli.verify import VerifyCommand, even_cut, verify_command
+from cluster.cli.verify import VerifyCommand, verify_command
+from cluster.cli.verify_cut import even_cut
 from cluster.errors import ModelError, UsageError
 from cluster.models.checkpoint import open_checkpoint
 from cluster.models.facts import read_facts
@@ -201,8 +202,8 @@ def test_the_text_model_of_a_vision_language_checkpoint_is_verified(checkpoint: 
         assert verdict_of(tmp_path, MIXED, trace_of(tmp_path, reference)).within
 
 
-def test_the_command_says_what_it_compared_and_ends_with_0() -> None:
-    arguments = ["verify", "demo", "--stages", "2", "--backend", "torch,mlx", "--json"]
+def test_the_command_says_what_it_compared_and_ends_with_0(tmp_path: Path) -> None:
+    arguments = ["verify", "demo", "--stages", "torch:0-5,mlx:6-11", "--json", "--state", str(tmp_path)]
     command = [sys.executable, "-m", "cluster.cli.main", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert result.returncode == 0, result.stderr
@@ -227,7 +228,7 @@ def test_the_command_names_the_wrong_layer_and_ends_with_1(
     trace = torch_trace(checkpoint("llama"))
     monkeypatch.setattr("cluster.cli.verify._trace", lambda *_: trace)
     monkeypatch.setattr("cluster.cli.verify._input", lambda *_: trace.tokens)
-    assert verify_command(VerifyCommand(str(wrong), 3, "torch,mlx", TOKENS, as_json=False)) == 1
+    assert verify_command(VerifyCommand(str(wrong), "3", "torch,mlx", TOKENS, state=tmp_path / "state")) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith(
         "NOT within tolerance: stage 2; the chain; layer 4. The worst layer is layer 4 of stage 2"
@@ -238,4 +239,4 @@ def test_the_command_names_the_wrong_layer_and_ends_with_1(
 def test_a_backend_that_cannot_run_the_model_is_refused(checkpoint: Checkpoints, tmp_path: Path) -> None:
     packed = with_config(checkpoint("llama"), tmp_path / "packed", quantization={"group_size": 32, "bits": 4})
     with pytest.raises(UsageError, match="runs on mlx alone, not on torch"):
-        verify_command(VerifyCommand(str(packed), 2, "torch", TOKENS, as_json=False))
+        verify_command(VerifyCommand(str(packed), "2", "torch", TOKENS, state=tmp_path / "state"))

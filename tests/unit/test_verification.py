@@ -13,7 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from cluster.cli.main import app
-from cluster.cli.verify import check_memory, even_cut, parse_backends
+from cluster.cli.verify import check_memory
+from cluster.cli.verify_cut import even_cut, parse_backends
 from cluster.cli.verify_report import Report, document, verdict_line
 from cluster.errors import BadLogits, DoesNotFit, UsageError
 from cluster.steps import Boundary, Row
@@ -122,7 +123,7 @@ def verdict_of(
 
 
 def report_of(verdict: Verdict) -> Report:
-    return Report("paper", "local", FACTS, len(TOKENS), CPU, verdict, ())
+    return Report("paper", "local", FACTS, len(TOKENS), CPU, verdict, (), True, ())
 
 
 def off_in_layer(wrong: int, by: float = 0.01) -> Layer:
@@ -383,10 +384,17 @@ def test_a_cut_is_made_only_where_the_model_can_be_cut() -> None:
         (("--backend", "cuda"), "expected --backend auto, or names from mlx, torch"),
         (("--stages", "13"), "it has 12 layers"),
         (("--tokens", "5000"), "beyond the model's context of 4096"),
+        (("--stages", "torch:0-5,mlx:7-11"), "expected each of 0-11 once, in order"),
+        (("--stages", "torch:0-5,jax:6-11"), "such as torch:0-5,mlx:6-11"),
+        (("--stages", "torch:5-0"), "such as torch:0-5,mlx:6-11"),
+        (("--stages", "torch:0-11", "--backend", "mlx"), "leave --backend out"),
+        (("--url", "http://127.0.0.1:1", "--stages", "3"), "leave --stages and --backend out"),
     ],
 )
-def test_a_wrong_argument_is_exit_code_2_and_says_what_is_right(arguments: Sequence[str], message: str) -> None:
-    result = CliRunner().invoke(app, ["verify", "demo", *arguments])
+def test_a_wrong_argument_is_exit_code_2_and_says_what_is_right(
+    arguments: Sequence[str], message: str, tmp_path: Path
+) -> None:
+    result = CliRunner().invoke(app, ["verify", "demo", *arguments, "--state", str(tmp_path)])
     assert result.exit_code == 2
     assert message in result.stderr
 
