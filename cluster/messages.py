@@ -38,6 +38,7 @@ def memory_out(memory: MemoryReport) -> pb.Memory:
         total_bytes=memory.total_bytes,
         pressure=memory.pressure.value,
         explained=memory.explained,
+        reserve_bytes=memory.reserve_bytes,
     )
 
 
@@ -49,6 +50,7 @@ def memory_in(message: pb.Memory) -> MemoryReport:
         total_bytes=message.total_bytes,
         pressure=_member(Pressure, message.pressure),
         explained=_text(message.explained),
+        reserve_bytes=message.reserve_bytes,
     )
 
 

@@ -31,6 +31,7 @@ class MemoryReport:
     total_bytes: int
     pressure: Pressure
     explained: str  # one line a person can check: "24.0 GiB RAM, 20.1 GiB available, 15 % kept back"
+    reserve_bytes: int = 0  # kept back on purpose: for the system, its person, an engine's own needs, or by `--memory`
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,6 +74,7 @@ def _node(member: Member, stage: int | None, held: Held | None) -> dict[str, obj
         },
         "memory": {
             "budget_bytes": facts.memory.budget_bytes,
+            "reserve_bytes": facts.memory.reserve_bytes,
             "used_bytes": facts.memory.used_bytes,
             "total_bytes": facts.memory.total_bytes,
             "pressure": facts.memory.pressure.value,

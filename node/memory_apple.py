@@ -55,6 +55,7 @@ def apple_report(
     budget = min(limit, facts.total_bytes) - reserve
     return finish(
         total_bytes=facts.total_bytes,
+        reserve_bytes=facts.total_bytes - budget,
         budget_bytes=budget,
         host_budget_bytes=budget,
         used_bytes=used_bytes,

@@ -18,6 +18,7 @@ RESERVE_FRACTION_DEFAULT: Final = 0.15
 def finish(
     *,
     total_bytes: int,
+    reserve_bytes: int,
     budget_bytes: int,
     host_budget_bytes: int,
     used_bytes: int,
@@ -34,6 +35,7 @@ def finish(
                 "name a smaller share, or leave the option out to have it measured"
             )
         budget = min(budget, cap_bytes)
+        reserve_bytes = max(reserve_bytes, total_bytes - cap_bytes)
         facts = [*facts, f"at most {format_bytes(cap_bytes)} by --memory"]
     return MemoryReport(
         budget_bytes=budget,
@@ -42,6 +44,7 @@ def finish(
         total_bytes=total_bytes,
         pressure=pressure,
         explained=", ".join(facts),
+        reserve_bytes=min(reserve_bytes, total_bytes),
     )
 
 

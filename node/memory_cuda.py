@@ -76,6 +76,7 @@ def cuda_report(
     ]
     return finish(
         total_bytes=gpu.total_bytes,
+        reserve_bytes=CONTEXT_BYTES + WORKSPACE_BYTES + int(gpu.total_bytes * fraction),
         budget_bytes=budget,
         host_budget_bytes=max(0, budget) + elsewhere,
         used_bytes=own,

@@ -54,10 +54,12 @@ def ram_report(
     if facts.cgroup is not None:
         available = min(available, facts.cgroup.available_bytes)
     fraction = RESERVE_FRACTION_DEFAULT if reserve_fraction is None else reserve_fraction
-    budget = min(total, available + used_bytes) - int(total * fraction)
+    reserve = int(total * fraction)
+    budget = min(total, available + used_bytes) - reserve
     explained.append(f"{format_bytes(min(total, available + used_bytes))} available")
     return finish(
         total_bytes=total,
+        reserve_bytes=reserve,
         budget_bytes=budget,
         host_budget_bytes=budget,
         used_bytes=used_bytes,

@@ -22,7 +22,7 @@ def node(
 ) -> NodeFacts:
     """A node; alone on its host unless one is named."""
     host_bytes = budget_bytes if host_budget_bytes is None else host_budget_bytes
-    memory = MemoryReport(budget_bytes, host_bytes, 0, host_bytes, Pressure.NORMAL, "")
+    memory = MemoryReport(budget_bytes, host_bytes, 0, host_bytes, Pressure.NORMAL, "", host_bytes // 8)
     return NodeFacts(NodeId(f"id-{name}"), name, "default", HostId(host or name), "", backend, "cpu", memory, 1, "", "")
 
 

@@ -165,7 +165,8 @@ def plan_lines(plan: Plan, facts: ModelFacts, nodes: tuple[NodeFacts, ...]) -> l
             f"  {row.name:<{width}} {row.backend.value:<5} |{bar}| layers {row.layers}: "
             f"{format_bytes(row.weight_bytes)} weights + {format_bytes(row.kv_bytes)} KV + "
             f"{format_bytes(row.workspace_bytes)} workspace = {format_bytes(row.budget_bytes - row.free_bytes)} of "
-            f"{format_bytes(row.budget_bytes)}"
+            f"{format_bytes(row.budget_bytes)}; {format_bytes(row.reserve_bytes)} of "
+            f"{format_bytes(row.total_bytes)} kept in reserve"
         )
     for node, reason in plan.left_out:
         name = next((facts.name for facts in nodes if facts.id == node), node)

@@ -189,6 +189,8 @@ def _plan_document(plan: Plan, facts: ModelFacts, nodes: Sequence[NodeFacts]) ->
                 "kv_bytes": row.kv_bytes,
                 "workspace_bytes": row.workspace_bytes,
                 "budget_bytes": row.budget_bytes,
+                "reserve_bytes": row.reserve_bytes,
+                "total_bytes": row.total_bytes,
             }
             for row in describe(plan, facts, nodes)
         ],
@@ -205,5 +207,7 @@ def _node_document(node: NodeFacts) -> dict[str, object]:
         "backend": node.backend.value,
         "device": node.device,
         "budget_bytes": node.memory.budget_bytes,
+        "reserve_bytes": node.memory.reserve_bytes,
+        "total_bytes": node.memory.total_bytes,
         "explained": node.memory.explained,
     }

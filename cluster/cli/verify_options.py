@@ -12,7 +12,7 @@ from cluster.cli import options as opt
 def verify(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help="A folder, a hub id or `demo`; without it, what --url serves."),
+        typer.Argument(metavar="MODEL", help="A folder, a hub id or `demo`; without it, what --url serves."),
     ] = None,
     stages: Annotated[
         str | None, typer.Option(help="How many stages, or engines with their layers: torch:0-5,mlx:6-11. [2]")

@@ -30,6 +30,8 @@ class StageRow:
     kv_bytes: int
     workspace_bytes: int
     budget_bytes: int
+    reserve_bytes: int  # what the node keeps back of its memory on purpose
+    total_bytes: int
     streamed_share: float  # of the bytes that all stages read for one token: where a token's time goes
 
     @property
@@ -52,6 +54,8 @@ def describe(plan: Plan, facts: ModelFacts, nodes: Sequence[NodeFacts]) -> tuple
             kv_bytes=stage.kv_bytes,
             workspace_bytes=stage.workspace_bytes,
             budget_bytes=pool[stage.node].budget_bytes,
+            reserve_bytes=pool[stage.node].node.memory.reserve_bytes,
+            total_bytes=pool[stage.node].node.memory.total_bytes,
             streamed_share=stage.streamed_bytes / streamed,
         )
         for stage in plan.stages

@@ -46,12 +46,15 @@ class Memory(_message.Message):
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     PRESSURE_FIELD_NUMBER: _builtins.int
     EXPLAINED_FIELD_NUMBER: _builtins.int
+    RESERVE_BYTES_FIELD_NUMBER: _builtins.int
     budget_bytes: _builtins.int
     host_budget_bytes: _builtins.int
     used_bytes: _builtins.int
     total_bytes: _builtins.int
     pressure: _builtins.str
     explained: _builtins.str
+    reserve_bytes: _builtins.int
+    """kept back on purpose"""
     def __init__(
         self,
         *,
@@ -61,10 +64,11 @@ class Memory(_message.Message):
         total_bytes: _builtins.int = ...,
         pressure: _builtins.str = ...,
         explained: _builtins.str = ...,
+        reserve_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "explained", b"explained", "host_budget_bytes", b"host_budget_bytes", "pressure", b"pressure", "total_bytes", b"total_bytes", "used_bytes", b"used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "explained", b"explained", "host_budget_bytes", b"host_budget_bytes", "pressure", b"pressure", "reserve_bytes", b"reserve_bytes", "total_bytes", b"total_bytes", "used_bytes", b"used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -32,6 +32,9 @@ def test_a_hub_model_is_planned_from_its_headers(tmp_path: Path) -> None:
     document = json.loads(result.stdout)
     local = json.loads(plan(tmp_path, "demo", "--json").stdout)
     assert document["stages"][0]["weight_bytes"] == local["stages"][0]["weight_bytes"] > weights.stat().st_size * 0.9
+    for stage in document["stages"]:
+        taken = stage["weight_bytes"] + stage["kv_bytes"] + stage["workspace_bytes"]
+        assert taken <= stage["budget_bytes"] <= stage["total_bytes"] - stage["reserve_bytes"] < stage["total_bytes"]
     assert (document["stages"][0]["first_layer"], document["stages"][-1]["last_layer"]) == (0, 12)
 
 

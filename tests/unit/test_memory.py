@@ -76,6 +76,20 @@ def test_this_machine_has_a_budget_below_its_memory() -> None:
     assert report.used_bytes > 5 * MIB
 
 
+def test_what_is_kept_back_and_what_others_use_make_up_the_rest_of_the_memory() -> None:
+    ram = RamFacts(32 * GIB, 24 * GIB, None)
+    report = ram_report(ram, used_bytes=0, cap_bytes=None, reserve_fraction=None)
+    assert report.reserve_bytes == int(32 * GIB * 0.15)
+    assert report.total_bytes - report.reserve_bytes - report.budget_bytes == 8 * GIB  # in use by others
+    capped = ram_report(ram, used_bytes=0, cap_bytes=4 * GIB, reserve_fraction=None)
+    assert capped.reserve_bytes == 28 * GIB == capped.total_bytes - capped.budget_bytes
+    apple = apple_report(_apple(16, 12, person=True), used_bytes=0, cap_bytes=None, reserve_fraction=None)
+    assert apple.reserve_bytes == 10 * GIB == apple.total_bytes - apple.budget_bytes
+    idle = GpuMemory(24 * GIB, 24 * GIB, None)
+    cuda = cuda_report(idle, (), used_bytes=None, cap_bytes=None, reserve_fraction=0.1)
+    assert cuda.reserve_bytes == cuda.total_bytes - cuda.budget_bytes == GIB + int(2.4 * GIB)
+
+
 # -- Control groups --------------------------------------------------------------------------------------
 
 

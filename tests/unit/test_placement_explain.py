@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from cluster.cli.display import plan_lines
 from cluster.placement import Ask, describe, place, rough_fits
-from cluster.quantities import GIB
+from cluster.quantities import GIB, format_bytes
 from cluster.types import Backend
 from tests.clusters import model, node
 
@@ -23,6 +24,19 @@ def test_rows_show_each_stage_beside_its_budget() -> None:
     for row, stage in zip(rows, plan.stages, strict=True):
         assert row.free_bytes == row.budget_bytes - stage.memory_bytes
         assert row.weight_bytes == stage.weight_bytes
+    assert [(row.reserve_bytes, row.total_bytes) for row in rows] == [(12_500, 100_000), (2_500, 20_000)]
+
+
+def test_a_line_shows_weights_kv_workspace_and_reserve_of_each_node() -> None:
+    mib = 1 << 20
+    nodes = [node("a", 100 * mib), node("b", 50 * mib)]
+    large = model([40 * mib] * 2, kv=mib, ends=(0, 0, 0))
+    plan = place(large, nodes, Ask(4, stages_min=2))
+    workspace, all_bytes = (format_bytes(n) for n in (plan.stages[0].workspace_bytes, plan.stages[0].memory_bytes))
+    assert plan_lines(plan, large, tuple(nodes))[1].endswith(
+        f"layers 0-0: 40.0 MiB weights + 4.0 MiB KV + {workspace} workspace = {all_bytes} of 100.0 MiB; "
+        "12.5 MiB of 100.0 MiB kept in reserve"
+    )
 
 
 def test_shares_of_a_tokens_time_add_up_to_one() -> None:
