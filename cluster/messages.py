@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from cluster.errors import WireError
 from cluster.limits import STEP_TOKENS_MAX
+from cluster.models.quantising import BITS
 from cluster.nodes import Heartbeat, LoadPhase, LoadReport, MemoryReport, NodeFacts, NodePhase, Pressure
 from cluster.plan import Assignment, Fence
 from cluster.types import (
@@ -17,6 +18,7 @@ from cluster.types import (
     DeploymentId,
     DType,
     Epoch,
+    Format,
     HostId,
     LayerRange,
     ModelId,
@@ -26,6 +28,7 @@ from cluster.types import (
 from cluster.wire import node_pb2 as pb
 
 _TEXT_CHARS_MAX = 512
+_FORMATS_MAX = 256  # words, of which there are a dozen
 _PEERS_MAX = 64  # a node asks each of them what it holds; no cluster on a LAN has more
 _Kind = TypeVar("_Kind", Backend, Pressure, DType, NodePhase)
 
@@ -67,6 +70,7 @@ def description_out(facts: NodeFacts, leased_to: str) -> pb.NodeDescription:
         version=facts.version,
         engine_version=facts.engine_version,
         leased_to=leased_to,
+        formats=sorted(facts.formats),
     )
 
 
@@ -84,6 +88,7 @@ def description_in(message: pb.NodeDescription, address: str) -> NodeFacts:
         protocol=message.protocol,
         version=_text(message.version),
         engine_version=_text(message.engine_version),
+        formats=frozenset(Format(_text(word)) for word in message.formats[:_FORMATS_MAX]),
     )
 
 
@@ -114,6 +119,7 @@ def assignment_out(assignment: Assignment, coordinator_id: str) -> pb.LoadReques
         context_tokens=assignment.context_tokens,
         vocab_size=assignment.vocab_size,
         peer_addresses=assignment.peer_addresses,
+        bits=assignment.bits or 0,
     )
 
 
@@ -128,6 +134,10 @@ def assignment_in(message: pb.LoadRequest) -> Assignment:
         )
     if not 0 < message.context_tokens <= message.kv_tokens or not message.vocab_size:
         raise WireError("a load request needs a context, KV room for it, and a vocabulary size")
+    if message.bits not in (0, *BITS):
+        raise WireError(
+            f"expected weights packed in {', '.join(map(str, BITS))} bits or not at all, found {message.bits}"
+        )
     return Assignment(
         fence=fence_in(message.fence),
         model=ModelId(_text(message.model_id)),
@@ -142,6 +152,7 @@ def assignment_in(message: pb.LoadRequest) -> Assignment:
         local_folder=_text(message.local_folder, 4096),
         weights_address=_text(message.weights_address),
         peer_addresses=tuple(_text(address) for address in message.peer_addresses[:_PEERS_MAX]),
+        bits=message.bits or None,
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from cluster.plan import Fence
-from cluster.types import Backend, HostId, NodeId
+from cluster.types import Backend, Format, HostId, NodeId
 
 
 class Pressure(enum.StrEnum):
@@ -49,6 +49,7 @@ class NodeFacts:
     protocol: int  # the wire contract's version
     version: str  # potluck's version
     engine_version: str  # such as "torch 2.13.0, transformers 5.23.0"
+    formats: frozenset[Format]  # how weights may be stored for its engine to read them
 
 
 def told_apart(facts: NodeFacts, others: Iterable[NodeFacts]) -> NodeFacts:

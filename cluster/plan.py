@@ -82,6 +82,7 @@ class Assignment:
     local_folder: str  # the model's folder at the coordinator; used when the node sees the same files
     weights_address: str  # HOST:PORT of the coordinator's gRPC server
     peer_addresses: tuple[str, ...] = ()  # of nodes that may hold some of the weights
+    bits: int | None = None  # pack full-precision weights while they are loaded; None: as they are stored
 
     @property
     def is_first(self) -> bool:

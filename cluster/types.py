@@ -18,6 +18,7 @@ ModelId = NewType("ModelId", str)  # content hash of the model's manifest
 Epoch = NewType("Epoch", int)  # one installed plan's number; it fences everything
 StepId = NewType("StepId", int)  # one micro-batch's trip through the pipeline, rising within an epoch
 SequenceId = NewType("SequenceId", int)  # one choice of one request, unique within a deployment
+Format = NewType("Format", str)  # how weights are stored, in the words in which nodes say what they read
 AdapterId = NewType("AdapterId", str)
 
 

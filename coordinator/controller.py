@@ -147,7 +147,7 @@ class Controller:
         self._service.set_phase("loading", "the model is being loaded")
         facts = self._model.facts
         folder = str(self._model.resolved.folder.resolve())
-        source = Source(self._model.manifest.id, folder, self._port, facts.vocab_size)
+        source = Source(self._model.manifest.id, folder, self._port, facts.vocab_size, facts.bits)
         pipeline = await install(plan, fence, self._roster.members, source, self._credentials, self._tell)
         serving = Serving(pipeline, Room(len(plan.stages), plan.kv_tokens, plan.context_tokens))
         self.serving = serving

@@ -29,6 +29,7 @@ class Source:
     local_folder: str
     port: int  # of the coordinator's gRPC server
     vocab_size: int
+    bits: int | None  # pack full-precision weights while they are loaded
 
 
 async def install(
@@ -73,6 +74,7 @@ def _assignment(
         weights_address=host_port(own_address(member), source.port),
         # Also those without a stage: an earlier plan may have left weights on their disks.
         peer_addresses=tuple(dial_address(other, member) for other in members.values() if other is not member),
+        bits=source.bits,
     )
 
 

@@ -37,6 +37,7 @@ class WantedModel:
 
     text: str
     revision: str | None
+    bits: int | None = None  # pack full-precision weights when they are loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ async def open_model(wanted: WantedModel, ask: Ask, cache: Path, tell: Tell) -> 
             )
         )
         checkpoint = await work.run(lambda: open_checkpoint(resolved.folder))
-        facts = await work.run(lambda: read_facts(checkpoint))
+        facts = await work.run(lambda: read_facts(checkpoint, wanted.bits))
         check_ask(ask, resolved.name, facts)
         tell(ModelOpened(resolved.name, facts))
         manifest = await work.run(

@@ -51,6 +51,8 @@ def _model(name: str, facts: ModelFacts) -> dict[str, object]:
         "layers": facts.layer_count,
         "bytes": facts.stored_bytes,
         "dtype": facts.dtype.value,
+        "format": facts.format,
+        "bits": facts.bits,
     }
 
 

@@ -46,6 +46,7 @@ class StageSpec:
     threads: int | None
     kv_tokens: int  # cache positions promised over all sequences
     context_tokens: int  # the longest single sequence
+    bits: int | None = None  # pack full-precision weights while they are read; None: as they are stored
 
     @property
     def is_first(self) -> bool:

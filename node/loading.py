@@ -112,6 +112,7 @@ class StageLoader:
             threads=self._choice.threads,
             kv_tokens=assignment.kv_tokens,
             context_tokens=assignment.context_tokens,
+            bits=assignment.bits,
         )
 
     def _reporter(self, loop: asyncio.AbstractEventLoop, report: Report) -> Callable[[LoadProgress], None]:

@@ -16,6 +16,7 @@ from cluster.errors import NoMulticast
 from cluster.identity import host_id, load_or_create_identity
 from cluster.interfaces import best_addresses, choose_interfaces, host_port, read_interfaces
 from cluster.limits import PROTOCOL_VERSION
+from cluster.models.formats import readable_formats
 from cluster.nodes import MemoryReport, NodeFacts
 from cluster.state_dir import StateDir
 from cluster.transport import Credentials, create_server, data_service
@@ -139,6 +140,7 @@ def _facts(options: NodeOptions, state: StateDir) -> NodeFacts:
         memory=_measure(options),
         protocol=PROTOCOL_VERSION,
         version=__version__,
+        formats=readable_formats(options.device.backend, options.device.device),
         engine_version=engine_version(options.device.backend),
     )
 

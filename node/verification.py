@@ -167,6 +167,7 @@ class _Run:
             threads=None,
             kv_tokens=SEQUENCES * tokens,
             context_tokens=tokens,
+            bits=facts.bits,
         )
 
         what = f"layers {part.layers}" if len(part.layers) > 1 else f"layer {part.layers.first}"

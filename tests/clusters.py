@@ -7,9 +7,14 @@ import random
 from dataclasses import replace
 
 from cluster.models.facts import LayerFacts, ModelFacts
+from cluster.models.formats import HALF_EXPERTS, Packing
 from cluster.nodes import MemoryReport, NodeFacts, Pressure
 from cluster.placement import stage_cost
-from cluster.types import Backend, DType, HostId, LayerRange, NodeId, TensorSpec
+from cluster.types import Backend, DType, Format, HostId, LayerRange, NodeId, TensorSpec
+
+UNPACKED = frozenset({Format(Packing.NONE)})
+PACKED = UNPACKED | {Format(Packing.AFFINE)}
+EVERYTHING = frozenset(map(Format, Packing)) | {HALF_EXPERTS}
 
 
 def node(
@@ -19,11 +24,14 @@ def node(
     host: str | None = None,
     host_budget_bytes: int | None = None,
     backend: Backend = Backend.TORCH,
+    formats: frozenset[Format] = EVERYTHING,
 ) -> NodeFacts:
     """A node; alone on its host unless one is named."""
     host_bytes = budget_bytes if host_budget_bytes is None else host_budget_bytes
     memory = MemoryReport(budget_bytes, host_bytes, 0, host_bytes, Pressure.NORMAL, "", host_bytes // 8)
-    return NodeFacts(NodeId(f"id-{name}"), name, "default", HostId(host or name), "", backend, "cpu", memory, 1, "", "")
+    return NodeFacts(
+        NodeId(f"id-{name}"), name, "default", HostId(host or name), "", backend, "cpu", memory, 1, "", "", formats
+    )
 
 
 def with_memory(of: NodeFacts, *, budget_bytes: int, host_budget_bytes: int) -> NodeFacts:
@@ -41,6 +49,7 @@ def model(
     tied: bool = False,
     backends: frozenset[Backend] = frozenset(Backend),
     cuts: frozenset[int] | None = None,
+    formats: frozenset[Format] = UNPACKED,
 ) -> ModelFacts:
     """A model whose layers take `layer_bytes`; `ends` are embedding, head and norm."""
     count = len(layer_bytes)
@@ -66,6 +75,7 @@ def model(
         mlp_width=1,
         legal_cuts=frozenset(range(count)) if cuts is None else cuts,
         boundary=(TensorSpec("hidden", (1,), DType.F16),),
+        formats=formats,
     )
 
 
@@ -78,6 +88,7 @@ def random_model(rng: random.Random, layers_max: int, *, context: int = 8) -> Mo
     sparse = rng.random() < 0.3
     return model(
         sizes,
+        formats=rng.choice([UNPACKED, UNPACKED, PACKED, UNPACKED | {HALF_EXPERTS}]),
         streamed=[rng.randint(1, size) for size in sizes] if sparse else None,
         kv=rng.randint(0, 20),
         ends=(rng.randint(0, 900), rng.randint(0, 900), 2),
@@ -106,6 +117,7 @@ def random_nodes(rng: random.Random, facts: ModelFacts, count_max: int, *, conte
                 largest if alike else rng.randint(largest // 3, largest),
                 host=host,
                 host_budget_bytes=hosts[host] + rng.choice([0, 0, 50]) if host else None,
+                formats=EVERYTHING if rng.random() < 0.7 else rng.choice([UNPACKED, PACKED, EVERYTHING]),
                 backend=backend if rng.random() < 0.7 else rng.choice([*Backend]),
             )
         )

@@ -74,7 +74,7 @@ class Display:
                 self._url = url
             case ModelOpened(name, facts):
                 size = format_bytes(facts.stored_bytes)
-                self._print(f"{name}: {facts.architecture}, {facts.layer_count} layers, {size} in {facts.dtype.value}")
+                self._print(f"{name}: {facts.architecture}, {facts.layer_count} layers, {size} in {facts.format}")
                 if self._listening is not None:  # only now: a wrong MODEL has ended this already
                     self._how_to_join(self._listening)
             case Listening():

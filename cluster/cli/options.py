@@ -27,6 +27,14 @@ Users = Annotated[int, typer.Option("--users", min=1, max=256, help="Answers of 
 Context = Annotated[
     str, typer.Option("--context", metavar="TOKENS", help="Longest prompt plus answer in tokens, or auto.")
 ]
+Bits = Annotated[
+    int | None,
+    typer.Option(
+        "--bits",
+        metavar="4|6|8",
+        help="Quantise full-precision weights to so many bits when they are loaded, in groups of 64. [as stored]",
+    ),
+]
 ExitWith = Annotated[int | None, typer.Option(hidden=True, help="End when this parent process ends.")]
 Reserve = Annotated[str | None, typer.Option(metavar="SHARE", help="Keep this share for whoever works here. [15%]")]
 Coordinators = Annotated[

@@ -22,6 +22,8 @@ from cluster.identity import host_id, load_or_create_identity
 from cluster.interfaces import choose_interfaces, read_interfaces
 from cluster.limits import PROTOCOL_VERSION
 from cluster.models.facts import ModelFacts, read_facts
+from cluster.models.formats import readable_formats
+from cluster.models.quantising import check_bits
 from cluster.nodes import NodeFacts, told_apart
 from cluster.placement import Ask, RoughFit, describe, place, rough_fits
 from cluster.plan import Plan
@@ -43,6 +45,7 @@ class PlanCommand:
     min_nodes: int
     context: str
     users: int
+    bits: int | None
     peers: tuple[str, ...]
     mdns: bool
     local_node: bool
@@ -53,6 +56,7 @@ class PlanCommand:
 
 def plan_command(command: PlanCommand) -> int:
     ask = Ask(parse_context(command.context), command.users, max(1, command.min_nodes))
+    bits = check_bits(command.bits)
     for peer in command.peers:
         split_host_port(peer)
     found: list[NodeFacts] = []
@@ -64,12 +68,13 @@ def plan_command(command: PlanCommand) -> int:
     if command.model is None:
         _show_pool(command, console, nodes)
         return 0
-    facts = read_facts(peek_model(command.model))
+    facts = read_facts(peek_model(command.model), bits)
     plan = place(facts, nodes, ask)
     if command.as_json:
         sys.stdout.write(json.dumps(_plan_document(plan, facts, nodes)) + "\n")
         return 0
-    console.print(f"{facts.architecture}, {facts.layer_count} layers, {format_bytes(facts.stored_bytes)}", markup=False)
+    size = f"{format_bytes(facts.stored_bytes)} in {facts.format}"
+    console.print(f"{facts.architecture}, {facts.layer_count} layers, {size}", markup=False)
     for line in plan_lines(plan, facts, tuple(nodes)):
         console.print(line, markup=False)
     return 0
@@ -139,6 +144,7 @@ def _this_machine(command: PlanCommand, others: Sequence[NodeFacts]) -> list[Nod
             memory=measure_memory(device),
             protocol=PROTOCOL_VERSION,
             version=__version__,
+            formats=readable_formats(device.backend, device.device),
             engine_version=engine_version(device.backend),
         )
     ]
@@ -168,10 +174,10 @@ def _show_pool(command: PlanCommand, console: Console, nodes: Sequence[NodeFacts
 
 
 def _verdict(fit: RoughFit) -> str:
-    """Packed formats run on MLX nodes alone, so a pool without them has nothing to offer there."""
+    """A pool has nothing to offer where none of its nodes reads the format."""
     size = format_bytes(fit.needed_bytes)
     if not fit.usable_bytes:
-        return f"{f'{size}, needs MLX nodes':<27}"
+        return f"{f'{size}, no node reads it':<27}"
     return f"{f'{size} fits' if fit.fits else f'{size}, too large':<27}"
 
 
@@ -194,6 +200,7 @@ def _plan_document(plan: Plan, facts: ModelFacts, nodes: Sequence[NodeFacts]) ->
             }
             for row in describe(plan, facts, nodes)
         ],
+        "format": facts.format,
         "left_out": [{"node": node, "reason": reason} for node, reason in plan.left_out],
         "nodes": [_node_document(node) for node in nodes],
     }

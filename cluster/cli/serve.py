@@ -13,6 +13,7 @@ from cluster.cli.display import teller
 from cluster.cli.running import run_until_stopped, stop_with_parent
 from cluster.errors import UsageError
 from cluster.interfaces import host_port
+from cluster.models.quantising import check_bits
 from cluster.placement import Ask
 from cluster.state_dir import StateDir, default_state_path
 from coordinator.happenings import Happening, Listening, Starting, Tell
@@ -39,6 +40,7 @@ class ServeCommand:
     min_nodes: int
     context: str
     users: int
+    bits: int | None
     exclude: tuple[str, ...]
     peers: tuple[str, ...]
     mdns: bool
@@ -51,6 +53,7 @@ class ServeCommand:
 
 def serve_command(command: ServeCommand) -> int:
     ask = Ask(parse_context(command.context), command.users, max(1, command.min_nodes))
+    bits = check_bits(command.bits)
     for peer in command.peers:
         split_host_port(peer)
     listener = listen(command.host, command.port)
@@ -61,7 +64,7 @@ def serve_command(command: ServeCommand) -> int:
         tell(Starting(url))
         parse_model(command.model)  # a wrong one ends this before anything begins; nothing is downloaded yet
         options = ServeOptions(
-            model=WantedModel(command.model, command.revision),
+            model=WantedModel(command.model, command.revision, bits),
             http=listener,
             http_host=command.host,
             cluster=command.cluster,

@@ -29,7 +29,8 @@ def status_lines(status: Mapping[str, Any]) -> list[str]:
     """The picture as text."""
     lines = [f"cluster {status['cluster']}: {status['phase']}" + (f" ({status['reason']})" if status["reason"] else "")]
     if model := status["model"]:
-        lines.append(f"model {model['name']}: {model['architecture']}, {format_bytes(model['bytes'])}")
+        size = f"{format_bytes(model['bytes'])} in {model['format']}"
+        lines.append(f"model {model['name']}: {model['architecture']}, {size}")
     for node in status["nodes"]:
         memory = node["memory"]
         stage = "no stage" if node["stage"] is None else f"stage {node['stage']}"

@@ -26,10 +26,11 @@ from cluster.models.checkpoint import Checkpoint, open_checkpoint
 from cluster.models.facts import ModelFacts, read_facts
 from cluster.models.families import family_of
 from cluster.models.manifest import build_manifest
+from cluster.models.quantising import check_bits
 from cluster.placement import stage_cost
 from cluster.quantities import format_bytes
 from cluster.state_dir import StateDir, default_state_path
-from cluster.types import Backend, DType
+from cluster.types import Backend, DType, ModelId
 from coordinator.hub import resolve_model
 from node.comparison import Trace
 from node.engines.registry import create_engine
@@ -45,6 +46,7 @@ class VerifyCommand:
     stages: str | None = None
     backend: str = "auto"
     tokens: int = 48
+    bits: int | None = None
     url: str | None = None
     accept: bool = False
     state: Path | None = None
@@ -59,10 +61,11 @@ def verify_command(command: VerifyCommand) -> int:
     running = _running_plan(command)
     text = command.model or (running.model if running else "")
     cuts = _wanted_cuts(command, running)
+    bits = running.bits if running else check_bits(command.bits)
     with Telling() as tell, StateDir((command.state or default_state_path()) / "verify") as state:
         model = resolve_model(text, progress=lambda done, total: tell(f"downloading {text}", done, total))
         checkpoint = open_checkpoint(model.folder)
-        subject = _subject(checkpoint, command, cuts)
+        subject = _subject(checkpoint, command, cuts, bits)
         reference = _reference(subject.facts)
         check_memory(subject, reference, command.tokens)
         # The coordinator remembers hashes there, and so they need not be computed again.
@@ -77,11 +80,12 @@ def verify_command(command: VerifyCommand) -> int:
         trace = _trace(subject, _input(subject.facts, command.tokens), reference)
         verdict = verify(subject, trace, create_engine, tell)
         store = Fingerprints(state.path / "fingerprints")
-        drifts = drift.compare(subject, verdict, manifest.id, command.tokens, store)
+        model_id = packed_id(manifest.id, subject.facts)
+        drifts = drift.compare(subject, verdict, model_id, command.tokens, store)
         has_drifted = any(found.beyond for found in drifts)
         keeps = verdict.within and (command.accept or not has_drifted)  # what is wrong is nothing to compare with
         if keeps:
-            drift.keep(subject, verdict, manifest.id, command.tokens, store, accept=command.accept)
+            drift.keep(subject, verdict, model_id, command.tokens, store, accept=command.accept)
     notes = (*_notes(checkpoint, subject, command.tokens), *_notes_on_plan(subject, running), *_notes_on(store))
     report = Report(model.name, model.revision, subject.facts, command.tokens, reference, verdict, drifts, keeps, notes)
     if command.as_json:
@@ -93,13 +97,18 @@ def verify_command(command: VerifyCommand) -> int:
     return DRIFTED if has_drifted and not command.accept else 0
 
 
+def packed_id(model: ModelId, facts: ModelFacts) -> ModelId:
+    """What fingerprints know the model by: packed at load, it computes something else."""
+    return ModelId(f"{model}, {facts.bits} bits") if facts.bits is not None else model
+
+
 def _running_plan(command: VerifyCommand) -> RunningPlan | None:
     if command.url is None:
         if command.model is None:
             raise UsageError("expected MODEL, or --url with the endpoint whose plan is to be verified")
         return None
-    if command.stages is not None or command.backend != "auto":
-        raise UsageError("--url takes stages and engines from the running plan; leave --stages and --backend out")
+    if command.stages is not None or command.backend != "auto" or command.bits is not None:
+        raise UsageError("--url takes these from the running plan; leave --stages, --backend and --bits out")
     return read_plan(Endpoint(command.url).get("/potluck/status"))
 
 
@@ -114,8 +123,10 @@ def _wanted_cuts(command: VerifyCommand, running: RunningPlan | None) -> int | t
     return wanted
 
 
-def _subject(checkpoint: Checkpoint, command: VerifyCommand, wanted: int | tuple[Cut, ...]) -> Subject:
-    facts = read_facts(checkpoint)
+def _subject(
+    checkpoint: Checkpoint, command: VerifyCommand, wanted: int | tuple[Cut, ...], bits: int | None
+) -> Subject:
+    facts = read_facts(checkpoint, bits)
     if command.tokens > facts.context_tokens:
         raise UsageError(f"--tokens {command.tokens} is beyond the model's context of {facts.context_tokens}")
     if isinstance(wanted, int):

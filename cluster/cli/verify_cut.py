@@ -32,6 +32,7 @@ class RunningPlan:
     model: str
     cuts: tuple[Cut, ...]
     devices: tuple[str, ...]  # of the stages' nodes, such as `cuda:0`
+    bits: int | None  # what full-precision weights are packed in at load
 
 
 def parse_stages(text: str) -> int | tuple[Cut, ...]:
@@ -94,6 +95,7 @@ def read_plan(status: Mapping[str, object]) -> RunningPlan:
             for stage in plan["stages"]
         ]
         devices = [device_of.get(stage["node"], "") for stage in plan["stages"]]
-        return RunningPlan(str(model["name"]), tuple(cuts), tuple(devices))
+        bits = None if model["bits"] is None else int(model["bits"])
+        return RunningPlan(str(model["name"]), tuple(cuts), tuple(devices), bits)
     except (KeyError, TypeError, ValueError) as error:
         raise ClusterError("the endpoint's status does not say which layers are where; is it a Potluck?") from error

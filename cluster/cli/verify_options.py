@@ -21,6 +21,7 @@ def verify(
         str, typer.Option(help="Engine of each stage, such as torch,mlx; one name is for all.")
     ] = "auto",
     tokens: Annotated[int, typer.Option(min=2, help="Length of the test input.")] = 48,
+    bits: opt.Bits = None,
     url: Annotated[str | None, typer.Option("--url", help="Verify the plan that this endpoint runs.")] = None,
     accept: Annotated[
         bool, typer.Option("--accept", help="What is computed now is right; compare with it from now on.")
@@ -38,4 +39,4 @@ def verify(
     from cluster.cli.running import run_command
     from cluster.cli.verify import VerifyCommand, verify_command
 
-    run_command(verify_command, VerifyCommand(model, stages, backend, tokens, url, accept, state, as_json))
+    run_command(verify_command, VerifyCommand(model, stages, backend, tokens, bits, url, accept, state, as_json))

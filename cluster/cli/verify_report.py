@@ -66,7 +66,7 @@ def show(report: Report, console: Console) -> None:
     def say(line: str) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
-    say(f"{report.model}: {facts.architecture}, {facts.layer_count} layers, {facts.dtype}; {report.tokens} tokens")
+    say(f"{report.model}: {facts.architecture}, {facts.layer_count} layers, {facts.format}; {report.tokens} tokens")
     say(f"Reference: the whole model by {engine_version(report.reference.backend)} on {report.reference.device}")
     table = Table("", "on", "largest error", "tolerance", "", box=None, pad_edge=False, header_style="bold")
     for stage in verdict.stages:
@@ -150,6 +150,7 @@ def document(report: Report) -> dict[str, object]:
         "revision": report.revision,
         "architecture": report.facts.architecture,
         "dtype": report.facts.dtype.value,
+        "format": report.facts.format,
         "tokens": report.tokens,
         "reference": {
             "library": engine_version(reference.backend),

@@ -15,13 +15,15 @@ from cluster.errors import ModelError
 from cluster.models.checkpoint import Checkpoint
 from cluster.models.families import architecture_of, engines_for, family_of
 from cluster.models.family import Attention, Family
-from cluster.models.formats import READERS, Packing, Quantization, read_quantization
-from cluster.models.layout import Embedding, Head, Layer, Norm, Unused, head_is_tied, part_of, within_layer
+from cluster.models.formats import HALF_EXPERTS, READERS, Packing, Quantization, read_quantization
+from cluster.models.layout import Embedding, Head, Layer, Norm, Unused, head_is_tied, is_expert, part_of, within_layer
 from cluster.models.matrices import Matrix, read_matrices
+from cluster.models.quantising import GROUP, bits_to_pack, packed_at_load
 from cluster.models.shape import Shape, read_shape
-from cluster.types import Backend, DType, TensorSpec
+from cluster.types import Backend, DType, Format, TensorSpec
 
-_COMPUTE_DTYPES = frozenset({DType.F32, DType.BF16, DType.F16})
+_HALF = frozenset({DType.BF16, DType.F16})
+_COMPUTE_DTYPES = _HALF | {DType.F32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,15 @@ class ModelFacts:
     mlp_width: int  # elements of the MLP's inner state for each token, in the widest layer
     legal_cuts: frozenset[int]  # layers at which a stage may begin; 0 is one
     boundary: tuple[TensorSpec, ...]  # what a layer needs from the one before, for each token
+    formats: frozenset[Format] = frozenset()  # what an engine has to read to run it
+    bits: int | None = None  # what nodes pack it in while they load it; None: it stays as it is stored
     scores_heads: int = 0  # heads whose scores are written to memory: soft-caps and sinks; 0 where attention is fused
+
+    @property
+    def format(self) -> str:
+        """How the weights are held, for people."""
+        made = "" if self.bits is None else ", made at load"
+        return self.dtype.value if self.quantization is None else f"{self.quantization}{made}"
 
     @property
     def stored_bytes(self) -> int:
@@ -65,8 +75,9 @@ class ModelFacts:
         return layers + self.embedding_bytes + self.norm_bytes + (0 if self.tied else self.head_bytes)
 
 
-def read_facts(checkpoint: Checkpoint) -> ModelFacts:
-    """The facts of `checkpoint`; ModelError when its architecture is not supported or its files are not whole."""
+def read_facts(checkpoint: Checkpoint, bits: int | None = None) -> ModelFacts:
+    """The facts of `checkpoint`, packed in `bits` when it is loaded; ModelError when its architecture is not supported,
+    its files are not whole or it is packed already."""
     where = str(checkpoint.folder)
     family, config = family_of(checkpoint.config, where)
     shape = read_shape(family, config, where)
@@ -78,8 +89,11 @@ def read_facts(checkpoint: Checkpoint) -> ModelFacts:
     _check_ends(parts, shape, tied, where)
     _check_layers(parts, shape, family, where)
     stated = {quantization.kind} if quantization else set()
-    backends = _backends(family, config, parts.packings | stated, where)
     dtype = _compute_dtype(parts, where)
+    bits = bits_to_pack(bits, quantization, where)
+    if bits is not None:
+        parts = parts.packed(family, bits, dtype)
+    backends = _backends(family, config, parts.packings | stated, where)
     embedding_bytes = _most_bytes_of(parts.embedding, backends, dtype)
     return ModelFacts(
         architecture=architecture_of(checkpoint.config),
@@ -90,7 +104,7 @@ def read_facts(checkpoint: Checkpoint) -> ModelFacts:
         context_tokens=shape.context_tokens,
         dtype=dtype,
         tied=tied,
-        quantization=quantization,
+        quantization=Quantization(Packing.AFFINE, bits, GROUP) if bits else quantization,
         backends=backends,
         layers=tuple(
             _layer_facts(parts.layers[index], shape, family, dtype, backends) for index in range(shape.layer_count)
@@ -102,6 +116,8 @@ def read_facts(checkpoint: Checkpoint) -> ModelFacts:
         mlp_width=shape.mlp_width,
         legal_cuts=frozenset(range(shape.layer_count)),  # no supported family shares state between layers
         boundary=(TensorSpec("hidden", (shape.hidden_size,), dtype),),
+        formats=parts.formats,
+        bits=bits,
         scores_heads=shape.heads if family.writes_scores else 0,
     )
 
@@ -152,6 +168,24 @@ class _Parts:
         parts = (self.embedding, self.norm, self.head, *self.layers.values())
         return frozenset(tensor.packing for part in parts for tensor in part.values())
 
+    @property
+    def formats(self) -> frozenset[Format]:
+        has_half_experts = any(
+            is_expert(name) and not name.endswith("bias") and matrix.packing is Packing.NONE and matrix.dtype in _HALF
+            for layer in self.layers.values()
+            for name, matrix in layer.items()
+        )
+        return frozenset(map(Format, self.packings)) | ({HALF_EXPERTS} if has_half_experts else set())
+
+    def packed(self, family: Family, bits: int, dtype: DType) -> _Parts:
+        """After full-precision matrices have been packed."""
+
+        def after(part: dict[str, Matrix]) -> dict[str, Matrix]:
+            return packed_at_load(part, family, bits, dtype)
+
+        layers = {index: after(layer) for index, layer in self.layers.items()}
+        return _Parts(after(self.embedding), after(self.norm), after(self.head), layers)
+
 
 def _bytes_of(tensors: Mapping[str, Matrix], backends: Iterable[Backend], dtype: DType) -> dict[Backend, int]:
     """What the tensors take in each engine's memory."""
@@ -194,7 +228,7 @@ def _check_layers(parts: _Parts, shape: Shape, family: Family, where: str) -> No
             "download the model again"
         )
     for index, tensors in parts.layers.items():
-        has_experts = family.has_experts and any(_is_expert(name) for name in tensors)
+        has_experts = family.has_experts and any(is_expert(name) for name in tensors)
         has_state = _has_state(tensors, family)
         needed = (
             *((family.states.window, *family.norms) if has_state and family.states else family.layer_tensors),
@@ -235,7 +269,7 @@ def _layer_facts(
     tensors: Mapping[str, Matrix], shape: Shape, family: Family, dtype: DType, backends: Iterable[Backend]
 ) -> LayerFacts:
     stored = sum(tensor.stored_bytes for tensor in tensors.values())
-    experts = sum(tensor.stored_bytes for name, tensor in tensors.items() if _is_expert(name))
+    experts = sum(tensor.stored_bytes for name, tensor in tensors.items() if is_expert(name))
     used = -(-experts * shape.experts_used // shape.experts) if experts else 0
     cache_width, state_bytes = shape.cache_width, 0
     if family.attention is Attention.VARIED:
@@ -262,8 +296,3 @@ def _attention_width(parts: _Parts, shape: Shape, family: Family) -> int:
 
 def _has_state(tensors: Mapping[str, Matrix], family: Family) -> bool:
     return family.states is not None and any(name.startswith(family.states.prefix) for name in tensors)
-
-
-def _is_expert(name: str) -> bool:
-    """Experts lie singly or stacked in transformers' files (`experts.`), stacked in MLX's (`switch_mlp.`)."""
-    return name.removeprefix("mlp.").startswith(("experts.", "switch_mlp."))

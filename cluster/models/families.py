@@ -81,6 +81,7 @@ _FAMILIES = {
             _BOTH,
             (*_NORMS, "self_attn.sinks"),
             router="mlp.router.weight",
+            transposed=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
             expert_width="intermediate_size",
             head_dim=64,
             has_windows=True,

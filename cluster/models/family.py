@@ -59,6 +59,7 @@ class Family:
     writes_scores: bool = False  # soft-caps or sinks: no fused attention computes them, so scores take memory
     states: States | None = None
     gated_queries: bool = False  # queries come with a gate as wide as they
+    transposed: tuple[str, ...] = ()  # stacks of a layer's experts that are stored [experts, inputs, outputs]
     extra_layers: str | None = None  # the setting for layers behind the last that serve training alone
     refused: tuple[str, ...] = ()  # settings that change the result and that no engine honours
     narrowed: Mapping[str, frozenset[Backend]] = field(default_factory=dict)  # settings that only some engines honour

@@ -9,11 +9,12 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from cluster.errors import ModelError
 from cluster.models.integers import Integers, read_awq, read_gptq, read_pack_quantized
 from cluster.models.layout import canonical_name
-from cluster.types import Backend
+from cluster.types import Backend, Format
 
 _GROUP_MAX = 1 << 16  # no format shares a scale among more
 _OVERRIDES_MAX = 1 << 20  # the largest models have some 100,000 matrices
@@ -46,6 +47,16 @@ READERS: Mapping[Packing, frozenset[Backend]] = {
 }
 """The engines that compute with a packing exactly, in tests."""
 
+HALF_EXPERTS: Final = Format("unpacked experts in 16 bits")
+"""Not a packing, and yet not read everywhere: MLX has no kernel for these on a processor."""
+
+
+def readable_formats(backend: Backend, device: str) -> frozenset[Format]:
+    """What the engine reads on a device, as a node says it."""
+    formats = {Format(packing) for packing, readers in READERS.items() if backend in readers}
+    return frozenset(formats if (backend, device) == (Backend.MLX, "cpu") else formats | {HALF_EXPERTS})
+
+
 PACKED_IN_MEMORY: Mapping[Packing, frozenset[Backend]] = READERS
 """The engines in whose memory a packing takes what it takes on disk; others unpack it when they load."""
 
@@ -71,6 +82,9 @@ class Quantization:
     block: tuple[int, int] | None = None  # rows and columns that share a scale of FP8; None: a row or everything
     symmetric: bool = False  # of integers: every zero is half the range
     zeros_are_one_less: bool = False  # of GPTQ: as files of its first version hold them
+
+    def __str__(self) -> str:
+        return f"{self.bits}-bit {self.kind}" + (f", group {self.group}" if self.group else "")
 
     @property
     def width(self) -> Width:

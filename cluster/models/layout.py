@@ -96,6 +96,12 @@ def canonical_name(name: str) -> str:
             return name
 
 
+def is_expert(inner: str) -> bool:
+    """Whether a tensor, by its name within a layer, belongs to experts: these lie singly or stacked in transformers'
+    files (`experts.`), stacked in MLX's (`switch_mlp.`)."""
+    return inner.removeprefix("mlp.").startswith(("experts.", "switch_mlp."))
+
+
 def head_is_tied(checkpoint: Checkpoint) -> bool:
     """Whether the head computes with the embedding's weights.
 

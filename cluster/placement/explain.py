@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from cluster.models.facts import ModelFacts
+from cluster.models.formats import Packing
 from cluster.nodes import NodeFacts
-from cluster.placement.pool import pool_of
+from cluster.placement.pool import able_pool, pool_of
 from cluster.plan import Plan
 from cluster.quantities import GIB, KIB
-from cluster.types import Backend, LayerRange, NodeId
+from cluster.types import Backend, Format, LayerRange, NodeId
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class StageRow:
 
 def describe(plan: Plan, facts: ModelFacts, nodes: Sequence[NodeFacts]) -> tuple[StageRow, ...]:
     """The stages of `plan`, with what each node may use."""
-    pool = {candidate.node.id: candidate for candidate in pool_of(nodes, facts.backends).candidates}
+    pool = {candidate.node.id: candidate for candidate in able_pool(facts, nodes).candidates}
     streamed = sum(stage.streamed_bytes for stage in plan.stages)
     return tuple(
         StageRow(
@@ -94,10 +95,10 @@ class RoughFit:
 
 
 def rough_fits(nodes: Sequence[NodeFacts], *, context: int = 8192, users: int = 1) -> tuple[RoughFit, ...]:
-    """The usual model sizes against all of the pool's memory; those in 8 and 4 bits on its MLX nodes alone."""
+    """The usual model sizes against all of the pool's memory; those in 8 and 4 bits on the nodes that read them."""
     rows = []
     for bits, stored_bits in _BITS.items():
-        pool = pool_of(nodes, frozenset(Backend) if bits == 16 else frozenset({Backend.MLX}))
+        pool = pool_of([node for node in nodes if bits == 16 or Format(Packing.AFFINE) in node.formats])
         usable_bytes = max(0, pool.usable_bytes - _WORKSPACE_BYTES * len(pool.candidates))
         for billions, kv_bytes_per_token in _SIZES:
             weights = int(billions * 1_000_000_000 * stored_bits / 8)

@@ -15,7 +15,7 @@ from cluster.models.facts import ModelFacts
 from cluster.nodes import NodeFacts
 from cluster.placement.ask import Ask, context_choices
 from cluster.placement.costs import CostTable, stage_cost
-from cluster.placement.pool import Candidate, Pool, pool_of
+from cluster.placement.pool import Candidate, Pool, able_pool, why_unable
 from cluster.placement.refusal import refuse, refuse_count
 from cluster.placement.search import StageSearch
 from cluster.plan import Plan, Stage
@@ -34,7 +34,7 @@ class Solution:
 def place(facts: ModelFacts, nodes: Sequence[NodeFacts], ask: Ask) -> Plan:
     """The plan for `nodes`, or DoesNotFit."""
     contexts = context_choices(facts, ask)
-    pool = pool_of(nodes, facts.backends)
+    pool = able_pool(facts, nodes)
     most = min(len(pool.candidates), len(facts.legal_cuts | {0}))
     if ask.stages_min > most or not pool.candidates:
         raise DoesNotFit(refuse_count(facts, nodes, pool, ask))
@@ -115,13 +115,12 @@ def _left_out(
     users = {candidate.node.id for candidate, _ in solution.stages}
     by_id = {candidate.node.id: candidate for candidate in pool.candidates}
     count = len(solution.stages)
-    runs_on = " or ".join(sorted(facts.backends))
     reasons = []
     for node in sorted(nodes, key=lambda node: (node.name, node.id)):
         if node.id in users:
             continue
-        if node.id not in by_id:
-            reason = f"it runs {node.backend}, and this model runs on {runs_on} only"
+        if (unable := why_unable(facts, node)) is not None:
+            reason = unable
         elif (least := _smallest_stage(facts, node, solution.context, ask.users)) > by_id[node.id].budget_bytes:
             reason = (
                 f"its {format_bytes(by_id[node.id].budget_bytes)} are too few for even one layer, "

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from cluster.models.facts import ModelFacts
 from cluster.nodes import NodeFacts
 from cluster.types import Backend, HostId
 
@@ -43,15 +44,28 @@ class Pool:
 
     def among(self, candidates: Iterable[Candidate]) -> Pool:
         """The pool of some of the candidates."""
-        return pool_of([candidate.node for candidate in candidates], frozenset(Backend))
+        return pool_of([candidate.node for candidate in candidates])
 
 
-def pool_of(nodes: Sequence[NodeFacts], backends: frozenset[Backend]) -> Pool:
-    """The nodes of `nodes` whose engine is one of `backends`."""
+def why_unable(facts: ModelFacts, node: NodeFacts) -> str | None:
+    """Why the node's engine cannot run the model, whatever its memory; None when it can."""
+    if node.backend not in facts.backends:
+        return f"it runs {node.backend}, and this model runs on {' or '.join(sorted(facts.backends))} only"
+    if unread := sorted(facts.formats - node.formats):
+        return f"{node.backend} there does not read {' and '.join(unread)}"
+    return None
+
+
+def able_pool(facts: ModelFacts, nodes: Sequence[NodeFacts]) -> Pool:
+    """The nodes that can run the model."""
+    return pool_of([node for node in nodes if why_unable(facts, node) is None])
+
+
+def pool_of(nodes: Sequence[NodeFacts]) -> Pool:
+    """All of `nodes`."""
     by_host: dict[HostId, list[NodeFacts]] = defaultdict(list)
     for node in nodes:
-        if node.backend in backends:
-            by_host[node.host].append(node)
+        by_host[node.host].append(node)
     candidates: list[Candidate] = []
     shared: dict[HostId, int] = {}
     for host, members in by_host.items():

@@ -6,22 +6,21 @@ guessed, except the size of a model in fewer bits, which follows from the format
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Final, Protocol
+from typing import Protocol
 
 from cluster.models.facts import LayerFacts, ModelFacts
-from cluster.models.formats import Packing, Quantization
+from cluster.models.formats import READERS, Packing, Quantization
+from cluster.models.quantising import GROUP
 from cluster.nodes import MemoryReport, NodeFacts, Pressure
 from cluster.placement.ask import CONTEXT_STEP, Ask
 from cluster.placement.costs import CostTable
-from cluster.placement.pool import Pool, pool_of
+from cluster.placement.pool import Pool, able_pool, pool_of, why_unable
 from cluster.quantities import GIB, KIB, MIB, format_bytes
-from cluster.types import Backend, HostId, NodeId
-
-PACKED_GROUP: Final = 64
-"""MLX's usual group: two 16-bit numbers for 64 weights, half a bit for each."""
+from cluster.types import Format, HostId, NodeId
 
 
 class Fits(Protocol):
@@ -57,9 +56,11 @@ def refuse_count(facts: ModelFacts, nodes: Sequence[NodeFacts], pool: Pool, ask:
             f"{facts.architecture}: a stage for each of {ask.stages_min} nodes is asked for, but the model can be cut "
             f"into {layers} at most; ask for {layers} or fewer"
         )
-    unable = sorted(f"{node.name} ({node.backend})" for node in nodes if node.backend not in facts.backends)
-    runs_on = " or ".join(sorted(facts.backends))
-    because = f"; it runs on {runs_on} only, which leaves out {', '.join(unable)}" if unable else ""
+    left_out: dict[str, list[str]] = defaultdict(list)
+    for node in sorted(nodes, key=lambda node: node.name):
+        if (reason := why_unable(facts, node)) is not None:
+            left_out[reason].append(node.name)
+    because = "".join(f"; left out: {', '.join(names)} ({reason})" for reason, names in left_out.items())
     return (
         f"{facts.architecture}: {ask.stages_min} {'node is' if ask.stages_min == 1 else 'nodes are'} needed, and "
         f"{able} can run this model{because}. Start more nodes, or ask for fewer"
@@ -77,7 +78,7 @@ def find_shortage(facts: ModelFacts, pool: Pool, ask: Ask, context: int, *, fits
 
     def with_another(size: int) -> bool:
         others = [candidate.node for candidate in pool.candidates]
-        return fits(facts, pool_of([*others, _machine(facts, size)], facts.backends), ask, context)
+        return fits(facts, pool_of([*others, _machine(facts, size)]), ask, context)
 
     missing_on = None
     for node in _one_of_each(pool):
@@ -117,7 +118,9 @@ def explain_shortage(shortage: Shortage, facts: ModelFacts, ask: Ask, context: i
     options = []
     if shortage.fewer_bits:
         bits, size = shortage.fewer_bits
-        options.append(f"the same model in {bits} bits for MLX (about {format_bytes(size)} of weights)")
+        is_whole = facts.quantization is None or facts.bits is not None
+        how = f"--bits {bits}" if is_whole else f"the same model in {bits} bits"
+        options.append(f"{how} (about {format_bytes(size)} of weights)")
     if shortage.shorter_context:
         options.append(f"a context of {shortage.shorter_context:,} tokens (--context {shortage.shorter_context})")
     if shortage.fewer_users:
@@ -133,21 +136,23 @@ def explain_shortage(shortage: Shortage, facts: ModelFacts, ask: Ask, context: i
 
 
 def in_fewer_bits(facts: ModelFacts, bits: int) -> ModelFacts:
-    """The same model packed by MLX. Norms stay as they are, but they are too small to tell apart here."""
+    """The same model packed as MLX packs it. Norms stay as they are, but they are too small to tell apart here."""
     packed = facts.quantization
     stored_bits = packed.bits + 32 / packed.group if packed else 8 * facts.dtype.size_bytes
-    ratio = (bits + 32 / PACKED_GROUP) / stored_bits
+    ratio = (bits + 32 / GROUP) / stored_bits
+    backends = facts.backends & READERS[Packing.AFFINE]
 
     def shrink(count: int) -> int:
         return ceil(count * ratio)
 
     return replace(
         facts,
-        quantization=Quantization(Packing.AFFINE, bits, PACKED_GROUP),
-        backends=frozenset({Backend.MLX}),
+        quantization=Quantization(Packing.AFFINE, bits, GROUP),
+        backends=backends,
+        formats=frozenset(map(Format, (Packing.NONE, Packing.AFFINE))),
         layers=tuple(
             LayerFacts(
-                {Backend.MLX: shrink(max(layer.resident_bytes.values()))},
+                dict.fromkeys(backends, shrink(max(layer.resident_bytes.values()))),
                 shrink(layer.streamed_bytes),
                 layer.kv_bytes_per_token,
                 layer.state_bytes,
@@ -161,10 +166,11 @@ def in_fewer_bits(facts: ModelFacts, bits: int) -> ModelFacts:
 
 def _fewer_bits(facts: ModelFacts, pool: Pool, ask: Ask, context: int, fits: Fits) -> tuple[int, int] | None:
     stored_bits = facts.quantization.bits if facts.quantization else 8 * facts.dtype.size_bytes
-    mlx = pool_of([candidate.node for candidate in pool.candidates], frozenset({Backend.MLX}))
+    nodes = [candidate.node for candidate in pool.candidates]
     for bits in (8, 4):
         smaller = in_fewer_bits(facts, bits)
-        if bits < stored_bits and mlx.candidates and fits(smaller, mlx, ask, context):
+        able = able_pool(smaller, nodes)
+        if bits < stored_bits and able.candidates and fits(smaller, able, ask, context):
             return bits, smaller.stored_bytes
     return None
 
@@ -191,14 +197,14 @@ def _grown(pool: Pool, grown: NodeFacts, extra: int) -> Pool:
         )
         return replace(node, memory=memory)
 
-    return pool_of([after(candidate.node) for candidate in pool.candidates], frozenset(Backend))
+    return pool_of([after(candidate.node) for candidate in pool.candidates])
 
 
 def _machine(facts: ModelFacts, size: int) -> NodeFacts:
     """A machine that nobody has yet."""
     memory = MemoryReport(size, size, 0, size, Pressure.NORMAL, "imagined")
     backend = sorted(facts.backends)[0]
-    return NodeFacts(NodeId("?"), "another", "", HostId("?"), "", backend, "", memory, 0, "", "")
+    return NodeFacts(NodeId("?"), "another", "", HostId("?"), "", backend, "", memory, 0, "", "", facts.formats)
 
 
 def _least(most: int, does: Callable[[int], bool]) -> int | None:

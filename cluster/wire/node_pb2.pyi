@@ -89,6 +89,7 @@ class NodeDescription(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     ENGINE_VERSION_FIELD_NUMBER: _builtins.int
     LEASED_TO_FIELD_NUMBER: _builtins.int
+    FORMATS_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     name: _builtins.str
     cluster: _builtins.str
@@ -102,6 +103,10 @@ class NodeDescription(_message.Message):
     """the beginning of a coordinator's id, or empty; the whole of it commands the node"""
     @_builtins.property
     def memory(self) -> Global___Memory: ...
+    @_builtins.property
+    def formats(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """how weights may be stored for its engine to read them"""
+
     def __init__(
         self,
         *,
@@ -116,10 +121,11 @@ class NodeDescription(_message.Message):
         version: _builtins.str = ...,
         engine_version: _builtins.str = ...,
         leased_to: _builtins.str = ...,
+        formats: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "cluster", b"cluster", "device", b"device", "engine_version", b"engine_version", "host_id", b"host_id", "leased_to", b"leased_to", "memory", b"memory", "name", b"name", "node_id", b"node_id", "protocol", b"protocol", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "cluster", b"cluster", "device", b"device", "engine_version", b"engine_version", "formats", b"formats", "host_id", b"host_id", "leased_to", b"leased_to", "memory", b"memory", "name", b"name", "node_id", b"node_id", "protocol", b"protocol", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -308,6 +314,7 @@ class LoadRequest(_message.Message):
     CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     VOCAB_SIZE_FIELD_NUMBER: _builtins.int
     PEER_ADDRESSES_FIELD_NUMBER: _builtins.int
+    BITS_FIELD_NUMBER: _builtins.int
     coordinator_id: _builtins.str
     model_id: _builtins.str
     local_folder: _builtins.str
@@ -323,6 +330,8 @@ class LoadRequest(_message.Message):
     kv_tokens: _builtins.int
     context_tokens: _builtins.int
     vocab_size: _builtins.int
+    bits: _builtins.int
+    """pack full-precision weights while they are loaded; 0 leaves them as they are stored"""
     @_builtins.property
     def fence(self) -> Global___Fence: ...
     @_builtins.property
@@ -349,10 +358,11 @@ class LoadRequest(_message.Message):
         context_tokens: _builtins.int = ...,
         vocab_size: _builtins.int = ...,
         peer_addresses: _abc.Iterable[_builtins.str] | None = ...,
+        bits: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boundary", b"boundary", "context_tokens", b"context_tokens", "coordinator_id", b"coordinator_id", "fence", b"fence", "first_layer", b"first_layer", "kv_tokens", b"kv_tokens", "last_layer", b"last_layer", "layer_count", b"layer_count", "local_folder", b"local_folder", "model_id", b"model_id", "peer_addresses", b"peer_addresses", "stage", b"stage", "stage_count", b"stage_count", "vocab_size", b"vocab_size", "weights_address", b"weights_address"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bits", b"bits", "boundary", b"boundary", "context_tokens", b"context_tokens", "coordinator_id", b"coordinator_id", "fence", b"fence", "first_layer", b"first_layer", "kv_tokens", b"kv_tokens", "last_layer", b"last_layer", "layer_count", b"layer_count", "local_folder", b"local_folder", "model_id", b"model_id", "peer_addresses", b"peer_addresses", "stage", b"stage", "stage_count", b"stage_count", "vocab_size", b"vocab_size", "weights_address", b"weights_address"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -36,6 +36,7 @@ def facts_of(name: str, cluster: str = "default") -> NodeFacts:
         protocol=1,
         version="0.1.0",
         engine_version="",
+        formats=frozenset(),
     )
 
 

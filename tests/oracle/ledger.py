@@ -33,7 +33,7 @@ class Shown:
 
 _specs: WeakKeyDictionary[Engine, StageSpec] = WeakKeyDictionary()
 _names: dict[Path, str] = {}
-_ran: tuple[Engine, ...] = ()
+_ran: tuple[tuple[str, StageSpec | None], ...] = ()  # no engines: a test may want to see that one is freed
 _shown: set[Shown] = set()
 
 
@@ -48,18 +48,19 @@ def loaded(engine: Engine, spec: StageSpec) -> None:
 
 def ran(engines: Sequence[Engine]) -> None:
     global _ran
-    _ran = tuple(engines)
+    _ran = tuple((engine.backend.value, _specs.get(engine)) for engine in engines)
 
 
 def equalled(judge: str, tolerance: float) -> None:
     """The pipeline that ran last gave what `judge` says."""
-    specs = [_specs.get(engine) for engine in _ran]
+    specs = [spec for _, spec in _ran]
     whole = [spec for spec in specs if spec is not None]
     covered = [layer for spec in whole for layer in spec.layers]
     if len(whole) == len(specs) > 0 and covered == list(range(whole[0].layer_count)):
         folder, dtype = whole[0].folder, whole[0].boundary[0].dtype
-        engines = tuple(engine.backend.value for engine in _ran)
-        _shown.add(Shown(_family(folder), _format(folder), _dtype_name(dtype), engines, judge, tolerance))
+        packed = f"{whole[0].bits}-bit, made at load" if whole[0].bits else _format(folder)
+        engines = tuple(backend for backend, _ in _ran)
+        _shown.add(Shown(_family(folder), packed, _dtype_name(dtype), engines, judge, tolerance))
 
 
 def take() -> set[Shown]:

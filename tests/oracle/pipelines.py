@@ -35,9 +35,10 @@ def stage_specs(
     device: str = "cpu",
     kv_tokens: int = 8 * CONTEXT_TOKENS,
     context_tokens: int = CONTEXT_TOKENS,
+    bits: int | None = None,
 ) -> list[StageSpec]:
     """One spec for each stage of the model in `folder`, cut before the layers in `cuts` (none is one stage)."""
-    facts = read_facts(open_checkpoint(folder))
+    facts = read_facts(open_checkpoint(folder), bits)
     return [
         StageSpec(
             folder=folder,
@@ -48,6 +49,7 @@ def stage_specs(
             threads=1,
             kv_tokens=kv_tokens,
             context_tokens=context_tokens,
+            bits=facts.bits,
         )
         for first, last in pairwise((0, *cuts, facts.layer_count))
     ]

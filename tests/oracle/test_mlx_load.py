@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import subprocess
@@ -254,6 +255,7 @@ def test_a_load_needs_the_slice_and_a_tenth(family: str, sizes: dict[str, int], 
 
 
 def test_close_frees_weights_and_cache(checkpoint: Checkpoints) -> None:
+    gc.collect()  # what earlier tests left behind must not be freed meanwhile
     before = mx.get_active_memory()
     (engine,) = engines = mlx_pipeline(checkpoint("llama"))
     run_prefill(engines, random_prompt(30, seed=0))

@@ -25,6 +25,7 @@ FACTS = NodeFacts(
     protocol=1,
     version="0.1.0",
     engine_version="",
+    formats=frozenset(),
 )
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from cluster.errors import DoesNotFit, UsageError
 from cluster.models.facts import ModelFacts
+from cluster.models.formats import Packing
 from cluster.placement import Ask, place, stage_cost
 from cluster.plan import Plan
-from cluster.types import Backend, LayerRange, NodeId
+from cluster.types import Backend, Format, LayerRange, NodeId
 from tests.clusters import model, node
 
 
@@ -89,6 +92,13 @@ def test_nodes_that_cannot_run_the_model_are_left_out_with_the_reason() -> None:
         (NodeId("id-a"), "it runs torch, and this model runs on mlx only"),
         (NodeId("id-c"), "it runs torch, and this model runs on mlx only"),
     )
+
+
+def test_a_node_whose_engine_does_not_read_the_format_is_left_out_with_the_reason() -> None:
+    facts = replace(model([1000] * 6), formats=frozenset(map(Format, (Packing.NONE, Packing.FP8))))
+    reads = frozenset(map(Format, (Packing.NONE, Packing.AFFINE)))
+    plan = place(facts, [node("a", ROOMY, formats=reads), node("b", ROOMY)], Ask(8))
+    assert plan.left_out == ((NodeId("id-a"), "torch there does not read fp8"),)
 
 
 def test_a_node_too_small_for_a_layer_is_left_out_with_the_reason() -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from cluster.cli.display import plan_lines
+from cluster.models.formats import Packing
 from cluster.placement import Ask, describe, place, rough_fits
 from cluster.quantities import GIB, format_bytes
-from cluster.types import Backend
+from cluster.types import Backend, Format
 from tests.clusters import model, node
 
 FACTS = model([1000] * 4, ends=(300, 1000, 2))
@@ -54,9 +55,9 @@ def test_a_pool_holds_larger_models_than_its_nodes() -> None:
     assert (largest(mac[:1], 4), largest(mac, 4)) == (32, 32)
 
 
-def test_packed_models_need_mlx() -> None:
-    assert largest([node("a", 80 * GIB)], 4) == 0
-    assert largest([node("a", 80 * GIB, backend=Backend.MLX)], 4) == 120
+def test_packed_models_need_nodes_that_read_them() -> None:
+    assert largest([node("a", 80 * GIB, formats=frozenset({Format(Packing.NONE)}))], 4) == 0
+    assert largest([node("a", 80 * GIB)], 4) == 120
 
 
 def test_a_shared_host_counts_once() -> None:

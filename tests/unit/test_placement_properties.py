@@ -76,6 +76,7 @@ def test_every_layer_is_owned_once_within_every_budget(seed: int) -> None:
         assert stage.memory_bytes <= by_id[stage.node].memory.budget_bytes
         assert stage.backend == by_id[stage.node].backend
         assert stage.backend in facts.backends
+        assert by_id[stage.node].formats >= facts.formats
         on_host[by_id[stage.node].host] += stage.memory_bytes
     budgets = host_budgets(nodes)
     assert all(used <= budgets[host] for host, used in on_host.items())
@@ -85,7 +86,7 @@ def test_every_layer_is_owned_once_within_every_budget(seed: int) -> None:
 def every_placement(facts: ModelFacts, nodes: Sequence[NodeFacts], ask: Ask, count: int) -> Iterator[tuple[bool, int]]:
     """All placements in `count` stages that fit, written as plainly as possible: whether `first` is where it should
     be, and the largest stage."""
-    usable = [each for each in nodes if each.backend in facts.backends]
+    usable = [each for each in nodes if each.backend in facts.backends and each.formats >= facts.formats]
     budgets = host_budgets(usable)
     inner_cuts = sorted(facts.legal_cuts - {0})
     for inner in itertools.combinations(inner_cuts, count - 1):

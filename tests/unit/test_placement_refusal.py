@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from cluster.errors import DoesNotFit
 from cluster.models.facts import ModelFacts
-from cluster.models.formats import Packing, Quantization
+from cluster.models.formats import HALF_EXPERTS, Packing, Quantization
 from cluster.nodes import NodeFacts
 from cluster.placement import Ask, place, stage_cost
 from cluster.placement.planner import is_placeable
-from cluster.placement.pool import pool_of
+from cluster.placement.pool import able_pool
 from cluster.placement.refusal import Shortage, find_shortage, in_fewer_bits
 from cluster.quantities import GIB, KIB, MIB
-from cluster.types import Backend, DType, LayerRange, NodeId
+from cluster.types import Backend, DType, Format, LayerRange, NodeId
 from tests.clusters import model, node, random_model, random_nodes, with_memory
 
 EQUAL = model([1000] * 6, kv=0)
@@ -28,7 +28,7 @@ LAST = stage_cost(EQUAL, LayerRange(5, 6), Backend.MLX, context=8, users=1).memo
 
 def shortage_of(facts: ModelFacts, nodes: list[NodeFacts], ask: Ask) -> Shortage:
     assert ask.context is not None
-    return find_shortage(facts, pool_of(nodes, facts.backends), ask, ask.context, fits=is_placeable)
+    return find_shortage(facts, able_pool(facts, nodes), ask, ask.context, fits=is_placeable)
 
 
 def fits(facts: ModelFacts, nodes: list[NodeFacts], ask: Ask) -> bool:
@@ -78,7 +78,7 @@ def test_every_change_that_is_offered_would_do(seed: int) -> None:
 
 def is_placeable_with(facts: ModelFacts, nodes: list[NodeFacts], ask: Ask) -> bool:
     assert ask.context is not None
-    return is_placeable(facts, pool_of(nodes, facts.backends), ask, ask.context)
+    return is_placeable(facts, able_pool(facts, nodes), ask, ask.context)
 
 
 def with_more(nodes: list[NodeFacts], lucky: NodeFacts, extra: int) -> list[NodeFacts]:
@@ -129,9 +129,16 @@ def test_offers_fewer_bits_only_where_mlx_runs() -> None:
     assert "fewer" not in (message := refusal(big, [node("a", 6 * GIB)], Ask(8)))
     assert "bits" not in message
     message = refusal(big, [node("a", 6 * GIB, backend=Backend.MLX)], Ask(8))
-    assert "the same model in 8 bits for MLX (about 4.2 GiB of weights)" in message
+    assert "--bits 8 (about 4.2 GiB of weights)" in message
     message = refusal(big, [node("a", 3 * GIB, backend=Backend.MLX)], Ask(8))
-    assert "the same model in 4 bits for MLX (about 2.2 GiB of weights)" in message
+    assert "--bits 4 (about 2.2 GiB of weights)" in message
+
+
+def test_a_model_that_is_packed_already_is_offered_as_another_version() -> None:
+    packed = replace(model([GIB] * 8, kv=0), quantization=Quantization(Packing.AFFINE, 8, 64))
+    message = refusal(packed, [node("a", 6 * GIB, backend=Backend.MLX)], Ask(8))
+    assert "the same model in 4 bits (about 4.2 GiB of weights)" in message
+    assert "--bits" in refusal(replace(packed, bits=8), [node("a", 6 * GIB, backend=Backend.MLX)], Ask(8))
 
 
 def test_a_packed_model_is_not_offered_in_the_bits_that_it_has() -> None:
@@ -165,9 +172,14 @@ def test_more_nodes_asked_for_than_there_are() -> None:
 def test_nodes_that_cannot_run_the_model_are_named() -> None:
     packed = model([1000] * 6, backends=frozenset({Backend.MLX}))
     message = refusal(packed, [node("a", MIB), node("b", MIB)], Ask(8))
-    assert "1 node is needed, and 0 can run this model; it runs on mlx only, which leaves out a (torch), b (torch)" in (
-        message
-    )
+    assert "1 node is needed, and 0 can run this model; left out: a, b (it runs torch, and this" in message
+    assert "model runs on mlx only)" in message
+
+
+def test_formats_that_no_node_reads_are_named() -> None:
+    packed = replace(model([1000] * 6), formats=frozenset({Format(Packing.FP8), HALF_EXPERTS}))
+    message = refusal(packed, [node("a", MIB, formats=frozenset({Format(Packing.FP8)}))], Ask(8))
+    assert "left out: a (torch there does not read unpacked experts in 16 bits). Start more nodes" in message
 
 
 def test_more_stages_asked_for_than_layers() -> None:

@@ -388,7 +388,7 @@ def test_a_cut_is_made_only_where_the_model_can_be_cut() -> None:
         (("--stages", "torch:0-5,jax:6-11"), "such as torch:0-5,mlx:6-11"),
         (("--stages", "torch:5-0"), "such as torch:0-5,mlx:6-11"),
         (("--stages", "torch:0-11", "--backend", "mlx"), "leave --backend out"),
-        (("--url", "http://127.0.0.1:1", "--stages", "3"), "leave --stages and --backend out"),
+        (("--url", "http://127.0.0.1:1", "--stages", "3"), "leave --stages, --backend and --bits out"),
     ],
 )
 def test_a_wrong_argument_is_exit_code_2_and_says_what_is_right(

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_config, load_model
 
 from cluster.errors import ModelError
 from cluster.models.facts import ModelFacts
+from cluster.models.families import family_of
+from cluster.models.quantising import GROUP, is_packed_at_load
 from node.comparison import Floats, Trace, drawn_tokens
 from node.engines.mlx.device import open_device
 from node.hardware import Device
@@ -44,6 +47,8 @@ def trace_whole_model(folder: Path, facts: ModelFacts, tokens: tuple[int, ...], 
     """Run the model in `folder` on `tokens` in one forward, with mlx-lm's own caches."""
     with mx.stream(open_device(device.device)):
         model = _load(folder)
+        if facts.bits is not None:
+            _pack(model, facts.model_type, facts.bits)
         caches = make_prompt_cache(model)
         layers = getattr(model, "language_model", model).model.layers
         if len(layers) != facts.layer_count:
@@ -66,6 +71,17 @@ def _load(folder: Path) -> Any:
     except Exception as error:  # outside input meets a library that raises whatever it runs into
         raise ModelError(f"mlx-lm cannot load {folder}, so there is no reference: {error}") from error
     return model
+
+
+def _pack(model: Any, model_type: str, bits: int) -> None:
+    """Pack what the engines pack at load, by MLX's own means."""
+    family, _ = family_of({"model_type": model_type}, "")
+
+    def packs(path: str, module: Any) -> bool:
+        return hasattr(module, "to_quantized") and is_packed_at_load(f"{path}.weight", module.weight.shape, family)
+
+    with mx.stream(mx.cpu):  # where the engine packs too, whatever computes then
+        nn.quantize(model, group_size=GROUP, bits=bits, class_predicate=packs)
 
 
 def in_words_of_mlx_lm(config: Mapping[str, Any]) -> dict[str, object]:

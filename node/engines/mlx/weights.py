@@ -18,11 +18,14 @@ from mlx_lm.utils import infer_quant_config
 
 from cluster.errors import ModelError
 from cluster.models.checkpoint import Checkpoint, StoredTensor
+from cluster.models.families import family_of
 from cluster.models.layout import Layer, canonical_name, owned_tensors, part_of, within_layer
+from cluster.models.quantising import GROUP
 from cluster.types import DType
 from node.engine import LoadProgress, Progress, StageSpec
 from node.engines.mlx.arguments import Arguments
 from node.engines.mlx.families import MlxFamily
+from node.engines.mlx.quantising import pack_rows, unpack_rows
 from node.engines.mlx.slicing import SlicedModel, build_model
 from node.engines.mlx.tensors import MLX_DTYPES
 
@@ -42,13 +45,19 @@ def load_slice(
     """The stage's part of the model with its weights in memory, and the bytes that they take."""
     owned = owned_tensors(checkpoint, spec.layers, spec.layer_count)
     model = build_model(arguments)
+    dtype = MLX_DTYPES[spec.boundary[0].dtype]
     lazy = _in_order_of_mlx(_lazy_tensors(checkpoint.folder, owned), arguments.family)
+    if spec.bits is not None:
+        family, _ = family_of(checkpoint.config, str(checkpoint.folder))
+        lazy = pack_rows(lazy, family, spec.bits, dtype)
     weights = _sanitised(model, lazy, _witness(checkpoint, arguments.family, lazy))
     del lazy  # else every expert would outlive the stack that it was copied to
-    sliced = SlicedModel(model, arguments, spec.layers, MLX_DTYPES[spec.boundary[0].dtype])
-    _quantise(model, weights, checkpoint)
+    if spec.bits is not None:
+        weights = unpack_rows(weights, spec.bits, dtype)
+    sliced = SlicedModel(model, arguments, spec.layers, dtype)
+    _quantise(model, weights, checkpoint, spec.bits)
     _check(model, weights, spec)
-    total_bytes = sum(tensor.size_bytes for tensor in owned)
+    total_bytes = sum(array.nbytes for array in weights.values())
     _read(model, weights, total_bytes, progress)
     sliced.seal()
     # Rotation frequencies are arrays as well, in no file and no parameter; nothing may stay unevaluated, because
@@ -107,9 +116,14 @@ def _sanitised(model: Any, lazy: dict[str, mx.array], witness: Mapping[str, mx.a
     return {name: array for name, array in sanitised.items() if name not in witness}
 
 
-def _quantise(model: nn.Module, weights: Mapping[str, mx.array], checkpoint: Checkpoint) -> None:
-    """Turn layers whose weights are stored packed into MLX's quantised ones, as the configuration says for each."""
+def _quantise(model: nn.Module, weights: Mapping[str, mx.array], checkpoint: Checkpoint, bits: int | None) -> None:
+    """Turn layers whose weights are packed into MLX's quantised ones, as the configuration says for each, or `bits`
+    for those that are packed only now."""
     stated = checkpoint.config.get("quantization") or checkpoint.config.get("quantization_config")
+    if bits is not None:
+        if stated:
+            raise ModelError(f"{checkpoint.folder}: the weights are packed already; the plan packs them in {bits} bits")
+        stated = {"group_size": GROUP, "bits": bits}
     if not stated:
         return
     if isinstance(stated, dict) and stated.get("quant_method") == "mxfp4":

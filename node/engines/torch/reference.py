@@ -15,15 +15,21 @@ from transformers.utils.logging import disable_progress_bar
 
 from cluster.errors import ModelError
 from cluster.models.facts import ModelFacts
+from cluster.models.families import family_of
 from cluster.models.layout import Unused, part_of
+from cluster.models.quantising import inputs_last, is_packed_at_load, is_turned
 from node.comparison import Floats, Trace, drawn_tokens
+from node.engines.torch.quantising import rounded
 from node.engines.torch.tensors import TORCH_DTYPES
 from node.hardware import Device
 
 
 def trace_whole_model(folder: Path, facts: ModelFacts, tokens: tuple[int, ...], device: Device) -> Trace:
     """Run the model in `folder` on `tokens`, without a cache."""
-    model = _load(folder, facts).to(device.device)
+    model = _load(folder, facts)
+    if facts.bits is not None:
+        _round(model, facts.model_type, facts.bits)
+    model = model.to(device.device)
     layers = list(model.get_decoder().layers)
     if len(layers) != facts.layer_count:
         raise ModelError(f"transformers built {len(layers)} layers of this model; its files hold {facts.layer_count}")
@@ -66,3 +72,17 @@ def _load(folder: Path, facts: ModelFacts) -> Any:
 
 def _floats(tensor: torch.Tensor) -> Floats:
     return np.array(tensor.float().cpu().numpy())
+
+
+@torch.inference_mode()
+def _round(model: torch.nn.Module, model_type: str, bits: int) -> None:
+    """Leave of the weights what packing them at load leaves."""
+    family, _ = family_of({"model_type": model_type}, "")
+    for name, parameter in model.named_parameters():
+        shape = inputs_last(name, tuple(parameter.shape), family)
+        if not is_packed_at_load(name, shape, family):
+            continue
+        for matrix in parameter if parameter.ndim == 3 else (parameter,):
+            turned = is_turned(name, family)
+            less = rounded(matrix.T.contiguous() if turned else matrix, bits)
+            matrix.copy_(less.T if turned else less)

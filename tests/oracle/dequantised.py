@@ -1,0 +1,41 @@
+"""Checkpoints whose numbers are what packing at load leaves of others', for references that know nothing of packing.
+
+Written apart from the product: which tensors are packed is a list of names here, and MLX itself does the rounding.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+_PACKED = re.compile(
+    r"model\.embed_tokens\.weight|lm_head\.weight"
+    r"|.+\.self_attn\.(q|k|v|o|out|q_a|q_b|kv_a|kv_a_with_mqa|qkv)_proj(_with_mqa)?\.weight"
+    r"|.+\.(mlp|feed_forward)\.(shared_experts?\.|experts\.\d+\.)?(gate|up|down|gate_up|w1|w2|w3)(_proj)?\.weight"
+    r"|.+\.experts\.(gate_up|down)_proj"
+    r"|.+\.(linear_attn|conv)\.(in|out)_proj(_\w+)?\.weight"
+)
+_ROUTER = re.compile(r".+\.mlp\.gate\.weight")
+
+
+def dequantised(folder: Path, target: Path, bits: int) -> Path:
+    """The checkpoint with every packed matrix rounded to `bits`, in groups of 64 inputs."""
+    shutil.copytree(folder, target)
+    tensors: Any = mx.load(str(folder / "model.safetensors"))
+    for name, array in tensors.items():
+        turned = "gpt_oss" in (folder / "config.json").read_text() and ".experts." in name and array.ndim == 3
+        matrix = array.swapaxes(1, 2) if turned else array
+        if _PACKED.fullmatch(name) and not _ROUTER.fullmatch(name) and matrix.shape[-1] % 64 == 0:
+            rounded = _rounded(matrix, bits)
+            tensors[name] = mx.contiguous(rounded.swapaxes(1, 2)) if turned else rounded
+    mx.save_safetensors(str(target / "model.safetensors"), tensors, {"format": "pt"})
+    return target
+
+
+def _rounded(matrix: mx.array, bits: int) -> mx.array:
+    packed = mx.quantize(matrix, group_size=64, bits=bits, stream=mx.cpu)
+    return mx.dequantize(*packed, group_size=64, bits=bits, stream=mx.cpu).astype(matrix.dtype)
