@@ -64,7 +64,7 @@ class TorchEngine:
         if spec.boundary[0].shape != (sliced.hidden_size,):
             raise ModelError(f"the plan's boundary is {spec.boundary[0].shape}; config.json says {sliced.hidden_size}")
         tensors = owned_tensors(checkpoint, spec.layers, spec.layer_count)
-        weight_bytes = load_weights(sliced, spec.folder, tensors, device, progress)
+        weight_bytes = load_weights(sliced, spec, tensors, device, progress)
         cache = KvCache(len(spec.layers), spec.kv_tokens, spec.context_tokens, rewinds=not sliced.has_states)
         stage = _Loaded(spec, sliced, cache, device, weight_bytes)
         _rehearse(stage)
