@@ -1,12 +1,20 @@
-"""What a model's folder says about its licence: the model card's front matter, else the licence's own first line.
+"""What a model's folder tells people: its licence, from the model card's front matter or the licence's own first line,
+and the conversions that Potluck made.
 
 Knows nothing of what a licence allows. Texts come from strangers, so they are cut short and made printable.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Final
+
+CONVERSIONS_FILE: Final = "conversions.json"
+"""What was done to a model that Potluck converted, one line for each fact."""
+
+CONVERSIONS_MAX: Final = 64
 
 _CARD = "README.md"
 _CARD_BYTES_MAX = 64 * 1024  # the front matter stands at the very beginning
@@ -26,6 +34,18 @@ def read_licence(folder: Path) -> str:
     # Hub cards say `license: other` where the name stands in a field of its own.
     named = stated.get("license_name", "") if stated.get("license") in (None, "other") else ""
     return printable(named or stated.get("license") or _first_line(folder))
+
+
+def read_conversions(folder: Path) -> tuple[str, ...]:
+    """What was done to the model before it came to lie in `folder`; nothing when it is as it was published."""
+    try:
+        found = json.loads(_read(folder / CONVERSIONS_FILE) or "{}")
+    except (ValueError, RecursionError):
+        return ()
+    lines = found.get("conversions") if isinstance(found, dict) else None
+    if not isinstance(lines, list):
+        return ()
+    return tuple(printable(line) for line in lines[:CONVERSIONS_MAX] if isinstance(line, str))
 
 
 def printable(text: str) -> str:

@@ -1,0 +1,1 @@
+"""GGUF files become folders that everything else reads."""
