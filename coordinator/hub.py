@@ -1,7 +1,8 @@
-"""What MODEL on the command line means: the built-in model, a folder, or a model on the Hugging Face hub.
+"""What MODEL on the command line means: the built-in model, a folder, a GGUF file, or a model on the Hugging Face hub.
 
 Owns that decision and its errors; a text that is meant as a path never reaches the network. The download itself
-is `coordinator.hub_download`, imported only when it is needed.
+is `coordinator.hub_download`, and making a folder of a GGUF file `coordinator.gguf`; both are imported only when they
+are needed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ LOCAL_REVISION = "local"
 _HUB_ID = re.compile(
     r"(?P<id>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@(?P<revision>[\w./-]{1,200}))?", re.ASCII
 )
-_WEIGHT_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pth", ".pt", ".json")
+_GGUF = ".gguf"
+_WEIGHT_SUFFIXES = (_GGUF, ".safetensors", ".bin", ".pth", ".pt", ".json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,13 @@ class ResolvedModel:
 
 
 @dataclass(frozen=True, slots=True)
+class GgufModel:
+    """A GGUF file on this machine, or the first one of a set."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
 class HubModel:
     """A model on the hub; `revision` is a branch, tag or commit, None for the default branch."""
 
@@ -44,17 +53,24 @@ class HubModel:
 def resolve_model(
     text: str,
     *,
+    conversions: Path,
     revision: str | None = None,
     progress: CountProgress | None = None,
     cancelled: threading.Event | None = None,
 ) -> ResolvedModel:
-    """Find MODEL, downloading it where it is a hub id. Blocks: call it in a thread, and set `cancelled` to have it
-    end soon with a ModelError. A broken-off download goes on where it was the next time."""
+    """Find MODEL, downloading it where it is a hub id, and converting it where it is a GGUF file (once, into a folder
+    below `conversions`). Blocks: call it in a thread, and set `cancelled` to have it end soon with a ModelError.
+    What was broken off goes on where it was the next time."""
     match parse_model(text):
         case Path() as folder:
             # The built-in model's folder is an implementation detail of where Potluck is installed.
             name = "demo" if text == "demo" else folder.name
             return ResolvedModel(folder, name, LOCAL_REVISION, "built in" if text == "demo" else str(folder))
+        case GgufModel(path):
+            from coordinator.gguf.store import ConversionStore
+
+            folder = ConversionStore(conversions).make(path, progress, cancelled)
+            return _converted(folder, path)
         case HubModel(repository, named):
             from coordinator.hub_download import address, download
 
@@ -63,11 +79,17 @@ def resolve_model(
             return ResolvedModel(folder, repository, commit, address(repository))
 
 
-def find_model(text: str, *, revision: str | None = None) -> ResolvedModel | None:
-    """MODEL as far as it lies on this machine; None for a hub id that was not downloaded. Asks no network."""
+def find_model(text: str, *, conversions: Path, revision: str | None = None) -> ResolvedModel | None:
+    """MODEL as far as it lies on this machine; None for a hub id that was not downloaded, and a GGUF file that was not
+    converted. Asks no network."""
     match parse_model(text):
         case Path():
-            return resolve_model(text)
+            return resolve_model(text, conversions=conversions)
+        case GgufModel(path):
+            from coordinator.gguf.store import ConversionStore
+
+            made = ConversionStore(conversions).find(path)
+            return _converted(made, path) if made else None
         case HubModel(repository, named):
             from coordinator.hub_download import address, find_cached
 
@@ -80,13 +102,31 @@ def peek_model(text: str, *, revision: str | None = None) -> Checkpoint:
     match parse_model(text):
         case Path() as folder:
             return open_checkpoint(folder)
+        case GgufModel(path):
+            from coordinator.gguf.layout import lay_out
+            from coordinator.gguf.source import open_gguf
+
+            return lay_out(open_gguf(path)).checkpoint()
         case HubModel(repository, named):
             from coordinator.hub_headers import peek
 
             return peek(repository, revision or named)
 
 
-def parse_model(text: str) -> Path | HubModel:
+def work_on(text: str) -> str:
+    """What finding MODEL takes, for progress."""
+    match parse_model(text):
+        case GgufModel(path):
+            return f"converting {path.name}"
+        case Path() | HubModel():
+            return f"downloading {text}"
+
+
+def _converted(folder: Path, path: Path) -> ResolvedModel:
+    return ResolvedModel(folder, path.name.removesuffix(_GGUF), LOCAL_REVISION, str(path))
+
+
+def parse_model(text: str) -> Path | GgufModel | HubModel:
     """What `text` means, decided by looking at this machine's disk alone."""
     if text == "demo":
         from coordinator.builtin import demo_model_path
@@ -96,9 +136,13 @@ def parse_model(text: str) -> Path | HubModel:
         raise ModelError(f"{text} is a web address; write a hub model as org/name, such as Qwen/Qwen3-8B")
     path = Path(text).expanduser()
     if text and path.is_dir():
-        return path.resolve()
+        return _in_folder(path.resolve())
+    if path.is_file() and path.suffix == _GGUF:
+        return GgufModel(path.resolve())
     if path.is_file():
-        raise ModelError(f"{text} is a file; give the folder that it lies in, with config.json and *.safetensors")
+        raise ModelError(
+            f"{text} is a file; give the folder that it lies in, with config.json and *.safetensors, or a {_GGUF} file"
+        )
     match = _HUB_ID.fullmatch(text)
     if match is None or text.endswith(_WEIGHT_SUFFIXES):
         hint = "" if "/" in text else f"; a model on the hub is written org/name, the built-in one is demo, not {text}"
@@ -110,3 +154,13 @@ def parse_model(text: str) -> Path | HubModel:
             f"If you mean {match['id']} on the hub, start Potluck in another folder"
         )
     return HubModel(match["id"], match["revision"])
+
+
+def _in_folder(folder: Path) -> Path | GgufModel:
+    """A folder of GGUF files is the model in them, unless the same model lies beside it as Potluck stores it."""
+    if any(folder.glob("*.safetensors")) or not any(folder.glob(f"*{_GGUF}")):
+        return folder
+    from coordinator.gguf.source import find_gguf
+
+    found = find_gguf(folder)
+    return GgufModel(found) if found else folder

@@ -1,4 +1,5 @@
-"""Opens MODEL beside a running event loop: finds it, downloads it where it is a hub id, reads and hashes its files.
+"""Opens MODEL beside a running event loop: finds it, downloads it where it is a hub id, converts it where it is a
+GGUF file, reads and hashes its files.
 
 All of that can take hours, and the endpoint answers meanwhile: progress is told on the loop. The work runs in threads
 that nobody waits for at the end of the process, because a hub that is silent holds one for many seconds; whatever has
@@ -23,7 +24,7 @@ from cluster.models.hashing import CountProgress
 from cluster.models.manifest import Manifest, build_manifest
 from cluster.placement import Ask
 from coordinator.happenings import ModelOpened, Tell, Working
-from coordinator.hub import ResolvedModel, resolve_model
+from coordinator.hub import ResolvedModel, resolve_model, work_on
 
 _T = TypeVar("_T")
 
@@ -50,14 +51,15 @@ class OpenModel:
     manifest: Manifest
 
 
-async def open_model(wanted: WantedModel, ask: Ask, cache: Path, tell: Tell) -> OpenModel:
+async def open_model(wanted: WantedModel, ask: Ask, cache: Path, conversions: Path, tell: Tell) -> OpenModel:
     """Find MODEL, read its headers and hash its files; the hashes are remembered, so that this is long only once."""
     with _Work(tell) as work:
         resolved = await work.run(
             lambda: resolve_model(
                 wanted.text,
+                conversions=conversions,
                 revision=wanted.revision,
-                progress=work.progress(f"downloading {wanted.text}"),
+                progress=work.progress(work_on(wanted.text)),
                 cancelled=work.cancelled,
             )
         )

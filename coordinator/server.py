@@ -19,7 +19,7 @@ from cluster.identity import host_id
 from cluster.interfaces import Interface, best_addresses, choose_interfaces, host_port, read_interfaces
 from cluster.placement import Ask
 from cluster.quantities import format_bytes
-from cluster.state_dir import StateDir
+from cluster.state_dir import StateDir, default_state_path
 from cluster.transport import Credentials, create_server
 from cluster.types import CoordinatorId, NodeId
 from cluster.wire.node_pb2_grpc import add_CoordinatorServicer_to_server, add_WeightsServicer_to_server
@@ -36,6 +36,8 @@ from coordinator.service import InferenceService
 from coordinator.status import status_of
 from coordinator.text.model import load_text_model
 from coordinator.weights import WeightServer
+
+_CONVERSIONS = "converted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +149,8 @@ class Coordinator:
 
     async def _control(self, port: int) -> None:
         options = self._options
-        model = await open_model(options.model, options.ask, options.state.path / "hashes", self._tell_opening)
+        state = options.state.path
+        model = await open_model(options.model, options.ask, state / "hashes", state / _CONVERSIONS, self._tell_opening)
         self._model = model
         text = await asyncio.to_thread(load_text_model, model.resolved.folder)
         self._weights.add(model.manifest, model.resolved.folder)
@@ -195,3 +198,8 @@ class Coordinator:
 def coordinator_state(root: Path) -> Path:
     """The coordinator's own folder below `--state`: a node on this machine keeps to another one."""
     return root / "coordinator"
+
+
+def conversions_folder(root: Path | None) -> Path:
+    """Where this machine's coordinator keeps the folders that it made of GGUF files."""
+    return coordinator_state(root or default_state_path()) / _CONVERSIONS

@@ -8,7 +8,6 @@ import typer
 
 from cluster import __version__
 from cluster.cli import options as opt
-from cluster.cli.bench_options import bench
 from cluster.cli.models import app as models_app
 from cluster.cli.verify_options import verify
 
@@ -23,7 +22,6 @@ app = typer.Typer(
 )
 
 app.add_typer(models_app, name="models")
-app.command()(bench)
 
 
 def _version(wanted: bool) -> None:
@@ -183,7 +181,8 @@ def demo(
 @app.command()
 def plan(
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="A folder, a hub id or `demo`; without it: what fits here.")
+        str | None,
+        typer.Argument(metavar="MODEL", help="A folder, a GGUF file, a hub id or `demo`; without it: what fits here."),
     ] = None,
     cluster: opt.Cluster = "default",
     min_nodes: opt.MinNodes = 0,

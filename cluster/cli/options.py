@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id such as Qwen/Qwen3-8B, or `demo`.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A folder, a .gguf file, a hub id such as Qwen/Qwen3-8B, or `demo`.")
+]
 Peers = Annotated[
     list[str] | None, typer.Option(metavar="HOST:PORT", help="Address of a node that mDNS does not reach.")
 ]

@@ -10,6 +10,7 @@ from cluster.models.card import printable
 from cluster.models.manifest import Manifest
 from cluster.quantities import format_bytes
 from coordinator.hub import find_model
+from coordinator.server import conversions_folder
 
 
 def provenance_command(text: str, revision: str | None, state: Path | None, as_json: bool) -> int:
@@ -24,7 +25,7 @@ def provenance_command(text: str, revision: str | None, state: Path | None, as_j
                 "revision": manifest.revision,
                 "licence": manifest.licence,
                 "tensors": len(manifest.tensors),
-                "conversions": [],
+                "conversions": list(manifest.conversions),
                 "files": files,
             }
         )
@@ -32,7 +33,9 @@ def provenance_command(text: str, revision: str | None, state: Path | None, as_j
     say(f"  source    {printable(manifest.source) or 'not recorded'}")
     say(f"  revision  {printable(manifest.revision)}")
     say(f"  licence   {printable(manifest.licence) or 'not stated in the model card, and no licence file'}")
-    say(f"  tensors   {len(manifest.tensors)}, each with a hash of its own; stored as they were published")
+    say(f"  tensors   {len(manifest.tensors)}, each with a hash of its own")
+    for line in manifest.conversions or ("nothing: stored as it was published",):
+        say(f"  changed   {printable(line)}")
     for entry in manifest.files:
         say(f"  {entry.sha256}  {format_bytes(entry.size_bytes):>10}  {entry.name}")
     return 0
@@ -43,7 +46,7 @@ def _manifest(text: str, revision: str | None, state: Path | None, as_json: bool
     try:
         stored = [model.manifest for model in matching(text, state) if model.manifest is not None]
     except ModelError as nowhere:
-        found = find_model(text, revision=revision)
+        found = find_model(text, conversions=conversions_folder(state), revision=revision)
         if found is None:
             raise ModelError(f"{text} is not on this machine; `potluck models pull {text}` downloads it") from nowhere
         return hashed(found, state, as_json)

@@ -20,8 +20,8 @@ from cluster.models.hashing import CountProgress, counting, hash_file
 from cluster.models.manifest import Manifest, build_manifest
 from cluster.quantities import format_bytes
 from cluster.state_dir import StateDir, default_state_path, holder_pid
-from coordinator.hub import ResolvedModel, find_model, resolve_model
-from coordinator.server import coordinator_state
+from coordinator.hub import ResolvedModel, find_model, resolve_model, work_on
+from coordinator.server import conversions_folder, coordinator_state
 from node.weights.inventory import StoredModel, checked_bytes, damaged, forget, stored_models
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@.+)?", re.ASCII)
@@ -48,8 +48,9 @@ def list_command(state: Path | None, as_json: bool) -> int:
 
 
 def pull_command(text: str, revision: str | None, state: Path | None, as_json: bool) -> int:
-    with progress(f"downloading {text}", as_json) as on_progress:
-        found = resolve_model(text, revision=revision, progress=on_progress)
+    with progress(work_on(text), as_json) as on_progress:
+        conversions = conversions_folder(state)
+        found = resolve_model(text, conversions=conversions, revision=revision, progress=on_progress)
     manifest = hashed(found, state, as_json)
     document = {"folder": str(found.folder), "name": found.name, "revision": found.revision, "id": manifest.id}
     if as_json:
@@ -78,7 +79,7 @@ def verify_command(text: str, state: Path | None, as_json: bool) -> int:
     try:
         models = matching(text, state)
     except ModelError:
-        cached = find_model(text) if _HUB_ID.fullmatch(text) else None
+        cached = find_model(text, conversions=conversions_folder(state)) if _HUB_ID.fullmatch(text) else None
         if cached is None:
             raise
         return _verify_cached(cached, as_json)

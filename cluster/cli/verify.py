@@ -31,7 +31,8 @@ from cluster.placement import stage_cost
 from cluster.quantities import format_bytes
 from cluster.state_dir import StateDir, default_state_path
 from cluster.types import Backend, DType, ModelId
-from coordinator.hub import resolve_model
+from coordinator.hub import resolve_model, work_on
+from coordinator.server import conversions_folder
 from node.comparison import Trace
 from node.engines.registry import create_engine
 from node.hardware import Device, detect_devices, engine_version, measure_memory, read_machine
@@ -63,7 +64,11 @@ def verify_command(command: VerifyCommand) -> int:
     cuts = _wanted_cuts(command, running)
     bits = running.bits if running else check_bits(command.bits)
     with Telling() as tell, StateDir((command.state or default_state_path()) / "verify") as state:
-        model = resolve_model(text, progress=lambda done, total: tell(f"downloading {text}", done, total))
+        model = resolve_model(
+            text,
+            conversions=conversions_folder(command.state),
+            progress=lambda done, total: tell(work_on(text), done, total),
+        )
         checkpoint = open_checkpoint(model.folder)
         subject = _subject(checkpoint, command, cuts, bits)
         reference = _reference(subject.facts)

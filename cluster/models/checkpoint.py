@@ -100,7 +100,9 @@ def _plain_files(folder: Path) -> tuple[str, ...]:
     names = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
     if not names:
         others = any(path.suffix in {".bin", ".pt", ".pth", ".gguf"} for path in folder.iterdir())
-        found = "weights in another format; Potluck reads only safetensors" if others else "no weights"
+        found = (
+            "weights in another format; Potluck reads safetensors, and GGUF files by name" if others else "no weights"
+        )
         raise ModelError(f"{folder}: expected {SINGLE_FILE}, found {found}")
     for name in names:
         if not _is_plain_name(name):

@@ -21,7 +21,7 @@ from pathlib import Path
 from cluster.errors import ModelError, WireError
 from cluster.fields import Fields
 from cluster.limits import MANIFEST_BYTES_MAX, SAFETENSORS_HEADER_BYTES_MAX
-from cluster.models.card import read_licence
+from cluster.models.card import CONVERSIONS_MAX, read_conversions, read_licence
 from cluster.models.checkpoint import Checkpoint, StoredTensor
 from cluster.models.hashing import HASH_THREADS, Advance, CountProgress, Span, counting, hash_file
 from cluster.models.safetensors_header import LENGTH_BYTES, header_bytes
@@ -82,6 +82,7 @@ class Manifest:
     tensors: tuple[TensorRecord, ...]
     source: str = ""  # a folder, or an address on the hub
     licence: str = ""  # as the model's own files name it
+    conversions: tuple[str, ...] = ()  # what was done to what was published
 
     def file(self, name: str) -> FileEntry | None:
         return next((entry for entry in self.files if entry.name == name), None)
@@ -120,7 +121,8 @@ def build_manifest(
     except OSError as error:
         raise ModelError(f"cannot read the model's files in {checkpoint.folder}: {error}") from error
     manifest = assemble(name, revision, [file for file, _ in described], [t for _, ts in described for t in ts])
-    return replace(manifest, source=source, licence=read_licence(checkpoint.folder))
+    folder = checkpoint.folder
+    return replace(manifest, source=source, licence=read_licence(folder), conversions=read_conversions(folder))
 
 
 def _describe(
@@ -187,7 +189,15 @@ def from_json(data: bytes, expected: ModelId) -> Manifest:
     manifest = assemble(fields.text(_NAME_CHARS_MAX), fields.text(_NAME_CHARS_MAX), files, tensors)
     if manifest.id != expected:
         raise WireError(f"expected the manifest of model {expected[:12]}, found that of {manifest.id[:12]}")
-    return replace(manifest, source=fields.text(_NAME_CHARS_MAX), licence=fields.text(_NAME_CHARS_MAX))
+    return replace(
+        manifest,
+        source=fields.text(_NAME_CHARS_MAX),
+        licence=fields.text(_NAME_CHARS_MAX),
+        conversions=tuple(
+            Fields([line], "manifest.conversion").text(_NAME_CHARS_MAX)
+            for line in fields.items("conversions", CONVERSIONS_MAX)
+        ),
+    )
 
 
 def _content(files: Sequence[FileEntry], tensors: Sequence[TensorRecord]) -> list[object]:
@@ -200,10 +210,11 @@ def _content(files: Sequence[FileEntry], tensors: Sequence[TensorRecord]) -> lis
     ]
 
 
-def _for_people(manifest: Manifest) -> list[str]:
+def _for_people(manifest: Manifest) -> list[object]:
     """What the id does not cover: the same bytes may have come from two places under two names."""
     texts = (manifest.name, manifest.revision, manifest.source, manifest.licence)
-    return [text[:_NAME_CHARS_MAX] for text in texts]
+    conversions = [line[:_NAME_CHARS_MAX] for line in manifest.conversions[:CONVERSIONS_MAX]]
+    return [*(text[:_NAME_CHARS_MAX] for text in texts), conversions]
 
 
 def _file_in(fields: Fields) -> FileEntry:

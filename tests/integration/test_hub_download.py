@@ -23,12 +23,12 @@ _COMMIT, _NEXT_COMMIT = "1" * 40, "2" * 40
 _TENSOR_BYTES = 256 * 1024
 
 _CLIENT = """
-import json, sys
+import json, pathlib, sys
 from cluster.errors import PotluckError
 from coordinator.hub import resolve_model
 progress = []
 try:
-    found = resolve_model(sys.argv[1], progress=lambda *now: progress.append(now))
+    found = resolve_model(sys.argv[1], conversions=pathlib.Path(), progress=lambda *now: progress.append(now))
     said = {"folder": str(found.folder), "name": found.name, "revision": found.revision, "progress": progress}
 except PotluckError as error:
     said = {"error": str(error), "kind": type(error).__name__}

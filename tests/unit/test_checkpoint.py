@@ -92,7 +92,7 @@ def test_refuses_a_tensor_in_two_files(tmp_path: Path) -> None:
 
 def test_says_that_only_safetensors_are_read(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    assert "Potluck reads only safetensors" in refusal(folder_with(tmp_path))
+    assert "Potluck reads safetensors, and GGUF files by name" in refusal(folder_with(tmp_path))
 
 
 def test_says_when_there_are_no_weights(tmp_path: Path) -> None:

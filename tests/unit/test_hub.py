@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import ModelError
-from coordinator.hub import HubModel, parse_model, resolve_model
+from cluster.models.checkpoint import open_checkpoint
+from cluster.models.facts import read_facts
+from coordinator.hub import GgufModel, HubModel, find_model, parse_model, peek_model, resolve_model, work_on
+from coordinator.text.model import load_text_model
+from tests.gguf_paper import paper_gguf
 
 
 @pytest.fixture(autouse=True)
@@ -19,16 +23,16 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_folder_is_itself(tmp_path: Path) -> None:
     (tmp_path / "models" / "mine").mkdir(parents=True)
-    resolved = resolve_model("models/mine")
+    resolved = resolve_model("models/mine", conversions=tmp_path)
     assert (resolved.folder, resolved.name, resolved.revision) == (tmp_path / "models" / "mine", "mine", "local")
 
 
 def test_a_folder_named_by_a_dot_has_its_real_name(tmp_path: Path) -> None:
-    assert resolve_model(".").name == tmp_path.name
+    assert resolve_model(".", conversions=Path()).name == tmp_path.name
 
 
 def test_demo_is_the_built_in_model() -> None:
-    resolved = resolve_model("demo")
+    resolved = resolve_model("demo", conversions=Path())
     assert resolved.name == "demo"
     assert resolved.folder.parent.name == "builtin"
 
@@ -68,9 +72,9 @@ def test_a_typing_error_beside_real_folders_is_a_missing_folder(tmp_path: Path) 
 def test_a_missing_folder_never_reaches_for_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "coordinator.hub_download", None)  # importing it would fail
     with pytest.raises(ModelError, match="no folder"):
-        resolve_model("./org/name")
+        resolve_model("./org/name", conversions=Path())
     with pytest.raises(ImportError):
-        resolve_model("org/name")
+        resolve_model("org/name", conversions=Path())
 
 
 def test_a_bare_word_is_told_what_hub_ids_look_like() -> None:
@@ -82,6 +86,36 @@ def test_a_file_is_told_to_be_a_file(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(ModelError, match="is a file"):
         parse_model("model.safetensors")
+
+
+def test_a_gguf_file_is_a_model_and_so_is_a_folder_of_one(tmp_path: Path) -> None:
+    path = paper_gguf(tmp_path / "models" / "paper.gguf")
+    assert parse_model("models/paper.gguf") == parse_model("models") == GgufModel(path)
+    (tmp_path / "models" / "model.safetensors").touch()
+    assert parse_model("models") == tmp_path / "models"
+
+
+def test_a_gguf_file_becomes_a_folder_below_the_conversions(tmp_path: Path) -> None:
+    path = paper_gguf(tmp_path / "paper.Q4_K.gguf")
+    assert find_model(str(path), conversions=tmp_path / "made") is None
+    resolved = resolve_model(str(path), conversions=tmp_path / "made")
+    assert resolved.folder.parent == tmp_path / "made"
+    assert (resolved.name, resolved.revision, resolved.source) == ("paper.Q4_K", "local", str(path))
+    assert find_model(str(path), conversions=tmp_path / "made") == resolved
+    assert load_text_model(resolved.folder).eos_ids == {2}
+
+
+def test_a_gguf_file_is_peeked_at_without_being_converted(tmp_path: Path) -> None:
+    path = paper_gguf(tmp_path / "paper.gguf")
+    facts = read_facts(peek_model(str(path)))
+    assert sorted(tmp_path.iterdir()) == [path]
+    assert facts == read_facts(open_checkpoint(resolve_model(str(path), conversions=tmp_path / "made").folder))
+
+
+def test_progress_says_what_finding_a_model_takes(tmp_path: Path) -> None:
+    path = paper_gguf(tmp_path / "paper.gguf")
+    assert work_on(str(path)) == "converting paper.gguf"
+    assert work_on("org/name") == "downloading org/name"
 
 
 # -- Which weights count ---------------------------------------------------------------------------------

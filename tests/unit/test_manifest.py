@@ -274,9 +274,10 @@ def test_a_giant_manifest_is_refused_before_it_is_parsed(folder: Path, monkeypat
 def test_where_a_model_came_from_travels_but_is_no_part_of_its_id(tmp_path: Path) -> None:
     folder = write_model(tmp_path)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    (folder / "conversions.json").write_text('{"conversions": ["unpacked", "packed"]}')
     checkpoint = open_checkpoint(folder)
     one = build_manifest(checkpoint, name="a", revision="1", source="here")
     two = build_manifest(checkpoint, name="b", revision="2", source="there")
     assert one.id == two.id
     assert from_json(to_json(two), one.id) == two
-    assert (two.source, two.licence) == ("there", "mit")
+    assert (two.source, two.licence, two.conversions) == ("there", "mit", ("unpacked", "packed"))
