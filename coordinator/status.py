@@ -89,6 +89,7 @@ def _plan(plan: Plan, members: Mapping[NodeId, Member]) -> dict[str, object]:
     return {
         "context_tokens": plan.context_tokens,
         "users": plan.users,
+        "boundary_bytes": sum(spec.token_bytes for spec in plan.boundary),  # for each token
         "stages": [
             {
                 "index": stage.index,
@@ -120,6 +121,7 @@ def _load(serving: Serving) -> dict[str, object]:
         "kv_tokens_reserved": reserved,
         "kv_tokens": serving.room.kv_tokens,
         "tokens_drawn": serving.telemetry.tokens_drawn,
+        "stages_busy_s": list(serving.telemetry.stages_busy_s),
         "token_time": None if times is None else _times(times),
     }
 

@@ -40,11 +40,15 @@ class Telemetry:
         self._window: deque[TimedOutcome] = deque(maxlen=_WINDOW_STEPS)
         self.steps = 0
         self.tokens_drawn = 0
+        self.stages_busy_s: tuple[float, ...] = ()  # each stage's computing, since the plan was installed
 
     def note(self, timed: TimedOutcome, *, drawn: int, decode_only: bool) -> None:
         """Record a step. Only steps without prefill count for the time of a token."""
         self.steps += 1
         self.tokens_drawn += drawn
+        if timed.marks:
+            before = self.stages_busy_s or (0.0,) * len(timed.marks)
+            self.stages_busy_s = tuple(s + mark.compute_s for s, mark in zip(before, timed.marks, strict=True))
         if decode_only and timed.marks:
             self._window.append(timed)
 

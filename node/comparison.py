@@ -55,6 +55,7 @@ class Trace:
     tokens: tuple[int, ...]
     hidden: tuple[Floats, ...]  # [tokens, hidden size]: [i] enters layer i, the last one leaves the last layer
     logits: Floats  # [drawn tokens, vocabulary], after the last ones
+    inputs: Floats | None = None  # [tokens, layers, width] where layers have inputs of their own
 
     def __post_init__(self) -> None:
         # F16 ends at 65,504, which some models' hidden states pass.

@@ -7,7 +7,7 @@ sockets or sampling. Calls come from one thread at a time.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -29,6 +29,15 @@ class Rewind(enum.StrEnum):
     NONE = "none"  # only to nothing at all
 
 
+AwaitTensors = Callable[[Iterable[str]], None]
+"""Returns once these tensors' bytes are in the folder; raises what keeps them from coming. The rest of the slice may
+be under way: what is read without waiting reads as zeros."""
+
+
+def everything_is_here(_names: Iterable[str]) -> None:
+    """For a folder that is complete."""
+
+
 @dataclass(frozen=True, slots=True)
 class StageSpec:
     """Everything an engine needs to hold layers [first, last) of the model in `folder`.
@@ -47,6 +56,7 @@ class StageSpec:
     kv_tokens: int  # cache positions promised over all sequences
     context_tokens: int  # the longest single sequence
     bits: int | None = None  # pack full-precision weights while they are read; None: as they are stored
+    await_tensors: AwaitTensors = everything_is_here  # before the values of stored tensors are read, by their names
 
     @property
     def is_first(self) -> bool:

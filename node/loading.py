@@ -23,6 +23,7 @@ from node.engine import Engine, LoadProgress, StageSpec
 from node.engines.registry import create_engine
 from node.flow import StageFlow
 from node.stage import StageRunner
+from node.weights.arrival import Arrival
 from node.weights.fetch import SliceRequest, ensure_slice
 from node.weights.meter import FetchProgress
 from node.weights.shelf import Shelf
@@ -58,14 +59,26 @@ class StageLoader:
         await asyncio.get_running_loop().run_in_executor(self._thread, create_engine, self._choice.backend)
 
     async def load(self, assignment: Assignment, report: Report) -> StageFlow:
-        """Fetch and load one stage. Whatever goes wrong is a PotluckError, and leaves nothing loaded."""
-        folder = await self._fetch(assignment, report)
+        """Fetch and load one stage, both at once. Whatever goes wrong is a PotluckError, and leaves nothing loaded."""
+        arrival = Arrival()
+        fetching = asyncio.create_task(self._fetch(assignment, report, arrival))
+        try:
+            engine = await self._load(assignment, report, arrival)
+            await fetching
+        finally:
+            fetching.cancel()  # ends the engine's waiting, too
+            await asyncio.gather(fetching, return_exceptions=True)
+        return self._flow(engine, assignment)
+
+    async def _load(self, assignment: Assignment, report: Report, arrival: Arrival) -> Engine:
+        """The engine with its slice, of which the engine reads what has arrived."""
+        spec = self._spec(await arrival.folder(), assignment, arrival)
         loop = asyncio.get_running_loop()
         engine = await loop.run_in_executor(self._thread, create_engine, self._choice.backend)
+        reporter = self._reporter(loop, report, arrival)
         try:
-            await loop.run_in_executor(
-                self._thread, lambda: engine.load(self._spec(folder, assignment), self._reporter(loop, report))
-            )
+            await loop.run_in_executor(self._thread, engine.load, spec, reporter)
+            arrival.check_awaited()
         except BaseException as error:
             # Cancelled or failed: the engine thread frees what it holds once it is done with the load.
             self._thread.submit(engine.close)
@@ -74,9 +87,10 @@ class StageLoader:
             # Whatever a library raises while it loads (out of memory, a broken driver) is this load's failure.
             _log.exception("the engine could not load its slice")
             raise ClusterError(f"the engine could not load its slice: {type(error).__name__}: {error}") from error
-        return self._flow(engine, assignment)
+        return engine
 
-    async def _fetch(self, assignment: Assignment, report: Report) -> Path:
+    async def _fetch(self, assignment: Assignment, report: Report, arrival: Arrival) -> None:
+        """Have the slice's weights on the disk, or have `arrival` know why they are not."""
         request = SliceRequest(
             model=assignment.model,
             layers=assignment.layers,
@@ -98,11 +112,18 @@ class StageLoader:
         channel = self._credentials.channel(assignment.weights_address)
         peers = {address: self._credentials.channel(address) for address in assignment.peer_addresses}
         try:
-            return await ensure_slice(request, shelf=self._shelf, channel=channel, peers=peers, progress=on_progress)
+            arrival.end(
+                await ensure_slice(
+                    request, shelf=self._shelf, channel=channel, peers=peers, progress=on_progress, arrival=arrival
+                )
+            )
+        except BaseException as error:
+            arrival.fail(error)
+            raise
         finally:
             await asyncio.gather(channel.close(), *(peer.close() for peer in peers.values()))
 
-    def _spec(self, folder: Path, assignment: Assignment) -> StageSpec:
+    def _spec(self, folder: Path, assignment: Assignment, arrival: Arrival) -> StageSpec:
         return StageSpec(
             folder=folder,
             layers=assignment.layers,
@@ -113,10 +134,17 @@ class StageLoader:
             kv_tokens=assignment.kv_tokens,
             context_tokens=assignment.context_tokens,
             bits=assignment.bits,
+            await_tensors=arrival.wait_for,
         )
 
-    def _reporter(self, loop: asyncio.AbstractEventLoop, report: Report) -> Callable[[LoadProgress], None]:
+    def _reporter(
+        self, loop: asyncio.AbstractEventLoop, report: Report, arrival: Arrival
+    ) -> Callable[[LoadProgress], None]:
         began = time.monotonic()
+
+        def tell(loading: LoadReport) -> None:
+            if arrival.complete:  # until then the fetch says how far it is, and the engine is no further
+                report(loading)
 
         def on_progress(progress: LoadProgress) -> None:
             elapsed_s = max(time.monotonic() - began, 1e-3)
@@ -126,7 +154,7 @@ class StageLoader:
                 progress.total_bytes,
                 rate_bytes_s=progress.done_bytes / elapsed_s,
             )
-            loop.call_soon_threadsafe(report, loading)
+            loop.call_soon_threadsafe(tell, loading)
 
         return on_progress
 

@@ -197,7 +197,9 @@ class _Run:
     def compare(self, part: Part, engine: Engine) -> Comparison:
         """Give the part what the reference had where it begins, and see what it makes of it."""
         layers, hidden, facts = part.layers, self.trace.hidden, self.subject.facts
-        leaving = self.feed(engine, _FED, self.entering(hidden[layers.first]) if layers.first > 0 else self.nothing)
+        leaving = self.feed(
+            engine, _FED, self.entering(hidden[layers.first], self.trace.inputs) if layers.first > 0 else self.nothing
+        )
         if layers.last == facts.layer_count:
             error = self.logits_error(_logits(leaving))
         else:
@@ -211,13 +213,26 @@ class _Run:
         first, hidden = part.layers.first, self.trace.hidden[part.layers.first]
         tokens, width = hidden.shape
         rms = steady_rms(hidden) if first > 0 else 0.0
-        steady = self.entering(steady_input(first, tokens, width, rms)) if first > 0 else self.nothing
+        steady: Sequence[Boundary | None] = self.nothing
+        if first > 0:
+            steady = self.entering(steady_input(first, tokens, width, rms), self.steady_inputs(tokens))
         return sketch_of(part.layers, rms, self.feed(engine, _STEADY, steady))
 
-    def entering(self, hidden: Floats) -> list[Boundary]:
-        """`hidden` in pieces, as a stage takes them."""
-        dtype = self.subject.facts.boundary[0].dtype
-        return [(to_host(hidden[begin:end], dtype),) for begin, end in self.pieces]
+    def steady_inputs(self, tokens: int) -> Floats | None:
+        """What layers have for themselves each time, as large as models make it."""
+        if self.trace.inputs is None:
+            return None
+        layers, width = self.trace.inputs.shape[1:]
+        return steady_input(layers, tokens, layers * width, 1.0).reshape(tokens, layers, width)
+
+    def entering(self, hidden: Floats, inputs: Floats | None) -> list[Boundary]:
+        """`hidden`, and the layers' own inputs where they have them, in pieces, as a stage takes them."""
+        found = [hidden] if inputs is None else [hidden, inputs]
+        specs = self.subject.facts.boundary
+        return [
+            tuple(to_host(array[begin:end], spec.dtype) for array, spec in zip(found, specs, strict=True))
+            for begin, end in self.pieces
+        ]
 
     def compare_chain(self, leaving: Sequence[Boundary | Logits | None]) -> Chain:
         logits = _logits(leaving)

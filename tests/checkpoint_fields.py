@@ -148,12 +148,30 @@ def _gemma4(layers: int, overrides: dict[str, object]) -> dict[str, object]:
     }
 
 
+def _gemma4_small(layers: int, overrides: dict[str, object]) -> dict[str, object]:
+    """Layers have inputs of their own. Two layers more than asked for attend to the keys of the two before them, one of
+    each kind, in wider MLPs."""
+    kinds = [*_every(3, layers - 2), "full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+    return _gemma4(layers, overrides) | {
+        "num_hidden_layers": layers + 2,
+        "layer_types": kinds,
+        "num_global_key_value_heads": None,
+        "attention_k_eq_v": False,
+        "hidden_size_per_layer_input": 24,
+        "vocab_size_per_layer_input": 384,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "enable_moe_block": False,
+    }
+
+
 FIELDS: dict[str, Callable[[int, dict[str, object]], dict[str, object]]] = {
     "qwen3_next": _qwen3_next,
     "qwen3_5": _qwen3_5,
     "qwen3_5_moe": _qwen3_5_moe,
     "lfm2": _lfm2,
     "gemma4": _gemma4,
+    "gemma4_small": _gemma4_small,
     "qwen3_moe": _qwen3_moe,
     "gemma3": _gemma3,
     "mistral": _mistral,

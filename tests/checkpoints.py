@@ -18,10 +18,21 @@ from tests.checkpoint_fields import FIELDS
 FAMILIES = ("llama", "qwen3", "qwen3_moe", "gemma3")
 """What both engines ran first; every test of an engine runs on these."""
 
-MORE_FAMILIES = ("mistral", "qwen2", "olmo2", "olmo3", "phi3", "gemma2", "gpt_oss", "deepseek_v3")
+MORE_FAMILIES = (
+    "mistral",
+    "qwen2",
+    "olmo2",
+    "olmo3",
+    "phi3",
+    "gemma2",
+    "gpt_oss",
+    "deepseek_v3",
+    "gemma4",
+    "gemma4_small",
+)
 """Each adds a mechanism or a naming; shorter tests run on these."""
 
-TORCH_FAMILIES = ("gemma4", "qwen3_5_moe")
+TORCH_FAMILIES = ("qwen3_5_moe",)
 """What only the torch engine computes so far."""
 
 STATE_FAMILIES = ("qwen3_next", "qwen3_5", "lfm2")
@@ -44,6 +55,7 @@ _NAMES = {
     "qwen3_5": ("qwen3_5_text", "Qwen3_5ForCausalLM"),
     "lfm2": ("lfm2", "Lfm2ForCausalLM"),
     "gemma4": ("gemma4_text", "Gemma4ForCausalLM"),
+    "gemma4_small": ("gemma4_text", "Gemma4ForCausalLM"),
     "qwen3_5_moe": ("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM"),
 }
 

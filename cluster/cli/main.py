@@ -8,6 +8,7 @@ import typer
 
 from cluster import __version__
 from cluster.cli import options as opt
+from cluster.cli.bench_options import bench
 from cluster.cli.models import app as models_app
 from cluster.cli.verify_options import verify
 
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 
 app.add_typer(models_app, name="models")
+app.command()(bench)
 
 
 def _version(wanted: bool) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from cluster.errors import ModelError
 from cluster.models.family import Attention, Family, States
+from cluster.models.layout import sharing_layers
 from cluster.types import Backend
 
 _BOTH = frozenset(Backend)
@@ -19,6 +20,8 @@ _NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 _QK_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 _AROUND_MLP_NORMS = ("pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight")
 _AFTER_NORMS = ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
+
+_OWN_INPUT = ("per_layer_input_gate.weight", "per_layer_projection.weight", "post_per_layer_input_norm.weight")
 
 # The outer configuration of Gemma 3 on the hub leaves out whatever equals the first release's text model.
 _GEMMA3_DEFAULTS = {
@@ -97,12 +100,12 @@ _FAMILIES = {
             router="mlp.gate.weight",
             extra_layers="num_nextn_predict_layers",
         ),
-        # The small ones also have an input to each layer that follows from the token, and layers that attend to the
-        # keys of others; no engine computes these yet.
+        # The small ones also have an input to each layer that follows from the token, as wide as the libraries take
+        # it for when the configuration is silent, and layers that attend to the keys of others.
         Family(
             "gemma4_text",
             "Gemma 4 (text)",
-            _TORCH,
+            _BOTH,
             _NORMS + _AROUND_MLP_NORMS,
             attention=Attention.VARIED,
             attention_norms=_QK_NORMS,
@@ -110,7 +113,11 @@ _FAMILIES = {
             experts_switch="enable_moe_block",
             head_dim=256,
             has_windows=True,
-            refused=("hidden_size_per_layer_input", "num_kv_shared_layers"),
+            ends_seeing_all=True,
+            shares_keys=True,
+            input_width="hidden_size_per_layer_input",
+            input_tensors=_OWN_INPUT,
+            defaults={"hidden_size_per_layer_input": 256},
         ),
         # Three of four layers are gated delta rules.
         Family(
@@ -228,7 +235,11 @@ def _refuse_settings(family: Family, config: Mapping[str, object], where: str) -
     for setting in family.refused:
         if config.get(setting):
             raise ModelError(f"{where}: {setting} is {config[setting]!r}; Potluck runs {family.title} only without it")
+    if sharing_layers(config) and not family.shares_keys:
+        raise ModelError(f"{where}: expected {family.title} layers with keys of their own, found num_kv_shared_layers")
     kinds = config.get("layer_types") or []
+    if family.ends_seeing_all and not (isinstance(kinds, list) and kinds and kinds[-1] == "full_attention"):
+        raise ModelError(f"{where}: expected layer_types with full_attention as the last, found {kinds!r:.80}")
     allowed = {"full_attention"}
     allowed |= {"sliding_attention"} if family.has_windows else set()
     allowed |= {"conv", "linear_attention"} if family.states else set()

@@ -56,10 +56,14 @@ class Family:
     expert_width: str = "moe_intermediate_size"  # the setting for the inner size of one expert
     head_dim: int | None = None  # when the configuration is silent; None: hidden size / heads
     has_windows: bool = False  # some layers attend only to the last `sliding_window` positions
+    ends_seeing_all: bool = False  # the last layer has no window, whatever the configuration says
     writes_scores: bool = False  # soft-caps or sinks: no fused attention computes them, so scores take memory
     states: States | None = None
     gated_queries: bool = False  # queries come with a gate as wide as they
     transposed: tuple[str, ...] = ()  # stacks of a layer's experts that are stored [experts, inputs, outputs]
+    shares_keys: bool = False  # the last `num_kv_shared_layers` layers attend to keys and values of earlier ones
+    input_width: str | None = None  # the setting for how wide an input is that each layer has for itself
+    input_tensors: tuple[str, ...] = ()  # of a layer that has one
     extra_layers: str | None = None  # the setting for layers behind the last that serve training alone
     refused: tuple[str, ...] = ()  # settings that change the result and that no engine honours
     narrowed: Mapping[str, frozenset[Backend]] = field(default_factory=dict)  # settings that only some engines honour

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from cluster.errors import ModelError
 from cluster.models.families import short_context
 from cluster.models.family import Attention, Family
+from cluster.models.layout import sharing_layers
 
 _NUMBER_MAX = 1 << 31  # no width or context of a model comes near
 _LAYERS_MAX = 1 << 12  # the deepest models have some 200 layers
@@ -47,6 +48,8 @@ class Shape:
     memory: int  # elements of a gated delta rule's memory in one layer; 0 without
     query_width: int
     state_width: int  # elements that a recurrent layer works with for each token
+    input_width: int  # of the input that each layer has for itself; 0 without
+    sharing_layers: int  # at the end, which attend to keys and values of earlier ones
 
     @property
     def attention_width(self) -> int:
@@ -125,6 +128,9 @@ def read_shape(family: Family, config: Mapping[str, object], where: str) -> Shap
         state_width = 8 * value_heads * max(key_size, value_size)
     elif family.states is not None:
         state_width = 4 * hidden_size
+    input_width = 0
+    if (setting := family.input_width) and config.get(setting, family.defaults.get(setting)) != 0:
+        input_width = number(setting)
     context_tokens = number("max_position_embeddings")
     return Shape(
         layer_count=number("num_hidden_layers", below=_LAYERS_MAX),
@@ -143,4 +149,6 @@ def read_shape(family: Family, config: Mapping[str, object], where: str) -> Shap
         memory=memory,
         query_width=heads * head_dim * (2 if family.gated_queries else 1),
         state_width=state_width,
+        input_width=input_width,
+        sharing_layers=sharing_layers(config),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Final
 
 import numpy as np
@@ -55,6 +56,7 @@ def stage_cost(facts: ModelFacts, layers: LayerRange, backend: Backend, *, conte
     weight_bytes += _ends_bytes(facts, is_first, is_last)
     streamed_bytes = sum(min(layer.streamed_bytes, _LARGEST) for layer in owned)
     streamed_bytes += facts.norm_bytes + facts.head_bytes if is_last else 0
+    streamed_bytes += facts.inputs_streamed_bytes if is_first else 0
     kv_bytes = sum(min(_kept_bytes(layer, context) * users, _LARGEST) for layer in owned)
     workspace_bytes = activation_bytes(facts, is_last, context=context, users=users) + kv_bytes // _KV_AHEAD
     return StageCost(weight_bytes, kv_bytes, workspace_bytes, streamed_bytes)
@@ -67,7 +69,7 @@ def _kept_bytes(layer: LayerFacts, context: int) -> int:
 
 def _ends_bytes(facts: ModelFacts, is_first: bool, is_last: bool) -> int:
     """Embedding, norm and head where they are resident. A tied head on the first stage is the embedding itself."""
-    total = facts.embedding_bytes if is_first else 0
+    total = facts.embedding_bytes + facts.inputs_bytes if is_first else 0
     if is_last:
         total += facts.norm_bytes + (0 if facts.tied and is_first else facts.head_bytes)
     return total
@@ -77,13 +79,15 @@ def activation_bytes(facts: ModelFacts, is_last: bool, *, context: int, users: i
     """Memory that the largest step needs beside weights and cache. What the process itself takes (the interpreter,
     the libraries, a CUDA context) is not in it: nodes leave that out of their budgets.
 
-    Live at once for each token of a step: the residual stream, its copies and the frame that goes out (6 x hidden),
+    Live at once for each token of a step: the residual stream, its copies and the frame that goes out (6 x hidden, and
+    as many of what else a boundary carries, which the first stage makes),
     queries, keys and values before and after rotation (2 x), the MLP's gate, up and product (3 x). No step has
     more new tokens than the cache has room for. Then a block of attention's mask in float32, where scores are written
     three copies of a block of them, and where tokens are drawn the rows' logits and the sampler's copy, all in float32.
     """
     tokens = min(STEP_TOKENS_MAX, context * users)
-    width = 6 * facts.hidden_size + 2 * facts.attention_width + 3 * facts.mlp_width
+    beside = sum(prod(tensor.shape) for tensor in facts.boundary[1:])
+    width = 6 * (facts.hidden_size + beside) + 2 * facts.attention_width + 3 * facts.mlp_width
     mask = 4 * min(_ATTENTION_QUERIES, context) * context
     block = facts.scores_heads * min(_ATTENTION_QUERIES, context) * context
     scores = 3 * 4 * min(block, max(_SCORES, facts.scores_heads * context))
@@ -135,6 +139,7 @@ class CostTable:
         """Bytes of weights read for each token, of every range."""
         total = self._spans([layer.streamed_bytes for layer in self.facts.layers])
         total[:, -1] += self.facts.norm_bytes + self.facts.head_bytes
+        total[0, :] += self.facts.inputs_streamed_bytes
         return self._ranges_only(total)
 
     def _spans(self, of_layers: list[int]) -> Matrix:

@@ -161,6 +161,8 @@ def in_fewer_bits(facts: ModelFacts, bits: int) -> ModelFacts:
         ),
         embedding_bytes=shrink(facts.embedding_bytes),
         head_bytes=shrink(facts.head_bytes),
+        inputs_bytes=shrink(facts.inputs_bytes),
+        inputs_streamed_bytes=shrink(facts.inputs_streamed_bytes),
     )
 
 

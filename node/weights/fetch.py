@@ -27,6 +27,7 @@ from cluster.models.strict_json import read_object
 from cluster.quantities import format_bytes
 from cluster.types import LayerRange, ModelId
 from cluster.weight_service import unpack_bits
+from node.weights.arrival import Arrival
 from node.weights.disk import check_room
 from node.weights.local import holds_slice
 from node.weights.meter import Meter, ProgressCallback
@@ -59,18 +60,20 @@ async def ensure_slice(
     channel: grpc.aio.Channel,
     peers: Mapping[str, grpc.aio.Channel] | None = None,
     progress: ProgressCallback,
+    arrival: Arrival | None = None,
     stall_timeout_s: float = LOAD_STALL_TIMEOUT_S,
 ) -> Path:
     """Return a folder with the owned tensors, fetching what is not here from the coordinator behind `channel` and
     from `peers`, nodes by name, as far as they hold it.
 
     Raises ModelError (damaged or missing data, no room on the disk), NodeLost (nothing comes any more), WireError
-    (the coordinator breaks the contract). Whatever arrived is kept, and a later call goes on from there.
+    (the coordinator breaks the contract). Whatever arrived is kept, and a later call goes on from there. `arrival` is
+    told as soon as the folder can be opened, and then of every tensor.
     """
     async with shelf.loading:
         coordinator = Source(channel, request.model, stall_timeout_s)
         others = [Source(peer, request.model, stall_timeout_s, name) for name, peer in (peers or {}).items()]
-        slice_ = _Slice(request, shelf, coordinator, others)
+        slice_ = _Slice(request, shelf, coordinator, others, arrival or Arrival())
         try:
             async with slice_.meter.reporting(progress, slice_.received_bytes):
                 return await slice_.ensure()
@@ -81,8 +84,11 @@ async def ensure_slice(
 class _Slice:
     """One call of ensure_slice."""
 
-    def __init__(self, request: SliceRequest, shelf: Shelf, coordinator: Source, peers: list[Source]) -> None:
+    def __init__(
+        self, request: SliceRequest, shelf: Shelf, coordinator: Source, peers: list[Source], arrival: Arrival
+    ) -> None:
         self.request = request
+        self.arrival = arrival
         self.coordinator = coordinator
         self.peers = peers
         self.suppliers: list[tuple[Source, Supplier]] = []
@@ -108,7 +114,10 @@ class _Slice:
         missing = [tensor for tensor in self.owned if not self.store.is_verified(tensor)]
         self.meter.done_bytes = self.meter.total_bytes - sum(tensor.size_bytes for tensor in missing)
         await self._get_headers(sum(tensor.size_bytes - self.store.received_bytes(tensor) for tensor in missing))
-        bad = await Transfer(self.store, self.suppliers, self.meter, self._in_thread).fetch(missing)
+        late = {tensor.name for tensor in missing}
+        self.arrival.begin(self.store.folder, {tensor.name for tensor in self.owned} - late, late)
+        transfer = Transfer(self.store, self.suppliers, self.meter, self._in_thread, self.arrival.came)
+        bad = await transfer.fetch(missing)
         if bad:
             raise ModelError(
                 f"tensor {bad[0].name} in {bad[0].file}{f' and {len(bad) - 1} more' if len(bad) > 1 else ''} "

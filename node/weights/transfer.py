@@ -51,13 +51,19 @@ class Transfer:
     """One transfer of one slice. `fetch` may be called once."""
 
     def __init__(
-        self, store: Store, sources: Sequence[tuple[Source, Supplier]], meter: Meter, in_thread: InThread
+        self,
+        store: Store,
+        sources: Sequence[tuple[Source, Supplier]],
+        meter: Meter,
+        in_thread: InThread,
+        arrived: Callable[[Iterable[str]], None],
     ) -> None:
         self._store = store
         self._sources = {supplier: source for source, supplier in sources}
         self._suppliers = tuple(self._sources)
         self._meter = meter
         self._in_thread = in_thread
+        self._arrived = arrived
         self._pending: list[Run] = []
         self._running: dict[asyncio.Task[list[TensorRecord]], _Job] = {}
         self._attempts: Counter[str] = Counter()
@@ -181,8 +187,9 @@ class Transfer:
                 await self._in_thread(writer.finish)
             finally:
                 writer.close()
-                good = sum(tensor.size_bytes for tensor in run.tensors if self._store.is_verified(tensor))
-                self._count(good - counted)  # the rest is counted when it comes again
+                good = [tensor for tensor in run.tensors if self._store.is_verified(tensor)]
+                self._arrived(tensor.name for tensor in good)
+                self._count(sum(tensor.size_bytes for tensor in good) - counted)  # the rest when it comes again
         return writer.bad
 
     def _count(self, count: int) -> int:

@@ -77,6 +77,12 @@ def _as_mlx_lm_reads_it(folder: Path) -> dict[str, object]:
         words["model_type"] = "qwen3_5"
     if config["model_type"] == "lfm2":
         words["block_dim"] = config["hidden_size"]
+    if "per_layer_config" in config:
+        wide = next(iter(config["per_layer_config"].values()))
+        words["global_head_dim"], words["num_global_key_value_heads"] = (
+            wide["head_dim"],
+            wide.get("num_key_value_heads"),
+        )
     if "num_local_experts" in config:
         words["num_experts"] = config["num_local_experts"]
     if rope["rope_type"] != "default":

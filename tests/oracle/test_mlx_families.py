@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 pytest.importorskip("mlx_lm", reason="the MLX engine needs the extra [mlx]")
 
 import mlx.core as mx
-from mlx_lm.models import gpt_oss
+from mlx_lm.models import gemma4_text, gpt_oss
 
 from cluster.errors import ModelError
 from cluster.models.checkpoint import Checkpoint
@@ -64,6 +65,8 @@ BEYOND_MLX_LM: dict[str, tuple[str, dict[str, Any]]] = {
     "short factors": ("phi3", LONG_ROPE),
     "groups of experts that lost": ("deepseek_v3", {"n_group": 4, "topk_group": 1, "num_experts_per_tok": 2}),
     "queries as they are": ("deepseek_v3", {"q_lora_rank": None}),
+    "own inputs and shared keys": ("gemma4_small", {}),
+    "wide heads": ("gemma4", {}),
 }
 """transformers is the judge of these."""
 
@@ -192,7 +195,51 @@ def _stale_latents(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LayerCache, "update_and_fetch", stale)
 
 
+def _foreign_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer has the input of the one before it, where they came over the wire."""
+    forward = slicing.SlicedModel.forward
+
+    def rolled(self: slicing.SlicedModel, piece: slicing.Piece, caches: Sequence[object]) -> tuple[mx.array, ...]:
+        entering = tuple(mx.roll(array, place, axis=2) for place, array in enumerate(piece.entering))
+        return forward(self, replace(piece, entering=entering), caches)
+
+    monkeypatch.setattr(slicing.SlicedModel, "forward", rolled)
+
+
+def _new_keys_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers without keys of their own look at the newest of those that they share, and at no others."""
+    attend = gemma4_text.Attention.__call__
+
+    def newest(
+        self: Any, x: mx.array, mask: Any = None, cache: Any = None, shared_kv: Any = None, **others: Any
+    ) -> Any:
+        if shared_kv is not None:
+            shared_kv = tuple(mx.where(mx.arange(kv.shape[2])[:, None] == kv.shape[2] - 1, kv, 0) for kv in shared_kv)
+        return attend(self, x, mask, cache, shared_kv=shared_kv, **others)
+
+    monkeypatch.setattr(gemma4_text.Attention, "__call__", newest)
+
+
+def _narrow_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The part of wide heads that is rotated, as if it were all of them."""
+    rotation = rotations._as_stated_by_kind
+
+    def whole(*args: Any) -> rotations.Rotation:
+        by_kind: Any = rotation(*args).fields["rope_parameters"]
+        return rotations.Rotation(
+            {
+                "rope_parameters": by_kind
+                | {"full_attention": by_kind["full_attention"] | {"partial_rotary_factor": 1.0}}
+            }
+        )
+
+    monkeypatch.setattr(rotations, "_as_stated_by_kind", whole)
+
+
 MUTANTS = [
+    (_foreign_inputs, "own inputs and shared keys"),
+    (_new_keys_alone, "own inputs and shared keys"),
+    (_narrow_heads, "wide heads"),
     (_no_windows, "windows in turns"),
     (_no_windows, "windows everywhere"),
     (_no_windows, "windows beside fused matrices"),
@@ -228,6 +275,16 @@ SIZES = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": False,
 }
+WIDE = {"head_dim": 32, "num_key_value_heads": 1}
+VARIED = {"layer_types": (["sliding_attention"] * 2 + ["full_attention"]) * 2, "hidden_size_per_layer_input": 0}
+
+
+def turned(full: dict[str, object]) -> dict[str, object]:
+    """Rotations as Gemma 4 states them, with these settings for layers that see everything."""
+    everywhere = {"rope_type": "proportional", "rope_theta": 1e6, **full}
+    return {"full_attention": everywhere, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+
+
 EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
 LATENT = {"kv_lora_rank": 20, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12}
 DEEPSEEK = {**LATENT, "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -253,6 +310,15 @@ DEEPSEEK = {**LATENT, "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_inte
         ("deepseek_v3", {**DEEPSEEK, "rope_interleave": False}, "rope_interleave"),
         ("deepseek_v3", {**DEEPSEEK, "rope_scaling": YARN | {"mscale": 1.0}}, "mscale_all_dim"),
         ("deepseek_v3", {**DEEPSEEK, "scoring_func": "softmax"}, "scoring_func"),
+        ("gemma4_text", {**VARIED, "use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
+        ("gemma4_text", {**VARIED, "layer_types": ["full_attention"] * 6}, "needs both kinds"),
+        ("gemma4_text", {**VARIED, "per_layer_config": {"5": {"head_dim": 32}}}, "for each of the layers 2, 5"),
+        ("gemma4_text", {**VARIED, "per_layer_config": {"2": WIDE, "5": {"head_dim": 64}}}, "per_layer_config"),
+        ("gemma4_text", {**VARIED, "per_layer_config": {"2": WIDE, "5": WIDE}}, "these are the values too"),
+        ("gemma4_text", {**VARIED, "global_head_dim": 0}, "sizes and numbers of heads"),
+        ("gemma4_text", {**VARIED, "rope_parameters": turned({"partial_rotary_factor": 0.3})}, "in eighths"),
+        ("gemma4_text", {**VARIED, "rope_parameters": turned({"factor": "2"})}, "expected numbers"),
+        ("gemma4_text", {**VARIED, "rope_parameters": {"rope_theta": 1e4}}, "rope_theta"),
     ],
 )
 def test_what_mlx_lm_would_compute_otherwise_is_refused(family: str, config: dict[str, Any], message: str) -> None:

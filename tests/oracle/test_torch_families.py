@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from cluster.models.checkpoint import open_checkpoint
-from cluster.models.facts import read_facts
+from cluster.models.facts import ModelFacts, read_facts
 from cluster.steps import Boundary
-from cluster.types import Backend, DType, HostTensor
-from node.engines.torch import attention, latent
+from cluster.types import Backend, HostTensor
+from node.engines.torch import attention, latent, shared
+from node.engines.torch.inputs import InputMaker
 from node.engines.torch.kv import SequenceCache
 from node.engines.torch.slicing import SlicedModel
 from tests.checkpoints import MORE_FAMILIES, STATE_FAMILIES, TORCH_FAMILIES, make_checkpoint
@@ -80,23 +81,25 @@ def test_the_cache_and_the_weights_take_what_the_facts_say(family: str, checkpoi
     """With room for exactly the context, so that nothing is allocated ahead."""
     facts = read_facts(open_checkpoint(checkpoint(family)))
     assert Backend.TORCH in facts.backends
-    bounds = (0, 2, 4, 6)
+    bounds = (0, 2, 4, facts.layer_count)
     for engine, (first, last) in zip(
         torch_pipeline(checkpoint(family), bounds[1:-1], context_tokens=24), pairwise(bounds), strict=True
     ):
         owned = facts.layers[first:last]
-        inputs = None if first == 0 else _zeros(24)
+        inputs = None if first == 0 else _zeros(facts, 24)
         engine.step([row(1, 0, random_prompt(24, seed=1), draw=False)], inputs)
         kept = sum(24 * layer.kv_bytes_per_token + layer.state_bytes for layer in owned)
         assert engine.capacity().kv_bytes == kept
-        ends = facts.embedding_bytes * (first == 0)
+        ends = (facts.embedding_bytes + facts.inputs_bytes) * (first == 0)
         ends += (facts.norm_bytes + facts.head_bytes) * (last == facts.layer_count)
         weights = sum(layer.resident_bytes[Backend.TORCH] for layer in owned) + ends
         assert engine.capacity().weight_bytes == weights
 
 
-def _zeros(tokens: int) -> Boundary:
-    return (HostTensor(DType.F32, (tokens, 64), bytes(4 * 64 * tokens)),)
+def _zeros(facts: ModelFacts, tokens: int) -> Boundary:
+    return tuple(
+        HostTensor(spec.dtype, (tokens, *spec.shape), bytes(spec.token_bytes * tokens)) for spec in facts.boundary
+    )
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -171,10 +174,33 @@ def _frozen_states(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def _foreign_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer has the input of the one before it."""
+    owned = InputMaker.owned
+    monkeypatch.setattr(InputMaker, "owned", lambda self, inputs: owned(self, inputs.roll(1, dims=2)))
+
+
+def _new_keys_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers without keys of their own look at the newest of those that they share, and at no others."""
+    borrow = shared.borrow
+
+    def newest(module: torch.nn.Module, offered: dict[str, shared.Cached]) -> shared.Cached:
+        keys, values = borrow(module, offered)
+        return torch.where(_is_newest(keys), keys, 0.0), torch.where(_is_newest(keys), values, 0.0)
+
+    monkeypatch.setattr(shared, "borrow", newest)
+
+
+def _is_newest(keys: torch.Tensor) -> torch.Tensor:
+    return (torch.arange(keys.shape[1]) == keys.shape[1] - 1)[:, None]
+
+
 MUTANTS = [
     *((name, mutate) for name in ALL for mutate in (_stale_kv, _late_positions)),
     *((name, mutate) for name in STATE_FAMILIES for mutate in (_forgotten_states, _frozen_states)),
-    *((name, partial(_without, window=None)) for name in ("olmo3", "gemma2", "gpt_oss", "gemma4")),
+    *((name, partial(_without, window=None)) for name in ("olmo3", "gemma2", "gpt_oss", "gemma4", "gemma4_small")),
+    ("gemma4_small", _foreign_inputs),
+    ("gemma4_small", _new_keys_alone),
     ("gemma2", partial(_without, softcap=None)),
     ("gpt_oss", partial(_without, sinks=None)),
     ("gpt_oss", _faded_sinks),

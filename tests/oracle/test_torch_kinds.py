@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +12,11 @@ from cluster.errors import ModelError
 from cluster.models.checkpoint import open_checkpoint
 from cluster.models.facts import read_facts
 from node.engines.torch import attention
-from node.engines.torch.engine import TorchEngine
 from tests.checkpoints import make_checkpoint
 from tests.oracle.conftest import TOLERANCE
-from tests.oracle.pipelines import greedy, run_prefill, stage_specs
+from tests.oracle.pipelines import greedy, run_prefill
 from tests.oracle.reference import LAST_TOKENS, WholeModel, decisive_reference, random_prompt
 from tests.oracle.test_torch_engine import Checkpoints, assert_equal, torch_pipeline
-from tests.oracle.test_torch_load import copied
 
 LONG_ROPE = {
     "rope_type": "longrope",
@@ -114,26 +111,3 @@ def test_every_arrangement_of_varied_heads_is_computed(fields: dict[str, object]
     prompt = random_prompt(40, seed=3)
     found = run_prefill(torch_pipeline(folder, (2, 4)), prompt, (13,))
     np.testing.assert_allclose(found, WholeModel(folder).logits(prompt)[-1], rtol=0, atol=TOLERANCE)
-
-
-@pytest.mark.parametrize(
-    ("fields", "named"),
-    [
-        ({"hidden_size_per_layer_input": 16}, "hidden_size_per_layer_input is 16"),
-        ({"num_kv_shared_layers": 3}, "num_kv_shared_layers is 3"),
-    ],
-)
-def test_layers_that_depend_on_more_than_the_one_before_are_refused(
-    fields: dict[str, object], named: str, tmp_path: Path
-) -> None:
-    with pytest.raises(ModelError, match=named):
-        torch_pipeline(make_checkpoint("gemma4", tmp_path, **fields))
-
-
-@pytest.mark.parametrize("setting", ["hidden_size_per_layer_input"])
-def test_what_the_library_assumes_is_refused_as_well(setting: str, checkpoint: Checkpoints, tmp_path: Path) -> None:
-    """A configuration that is silent, where silence means that the layers have it."""
-    spec = stage_specs(checkpoint("gemma4"), ())[0]
-    folder = copied(checkpoint("gemma4"), tmp_path, **{setting: ...})
-    with pytest.raises(ModelError, match=f"{setting} is 256"):
-        TorchEngine().load(replace(spec, folder=folder), lambda progress: None)

@@ -90,7 +90,7 @@ def with_tensor(folder: Path, target: Path, name: str, change: Callable[[torch.T
 
 
 @pytest.mark.parametrize("backends", [TORCH, MLX, MIXED], ids="-".join)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma4_small"])
 def test_every_family_is_within_tolerance(family: str, backends: Sequence[Backend], checkpoint: Checkpoints) -> None:
     verdict = verdict_of(checkpoint(family), backends, torch_trace(checkpoint(family)))
     assert verdict.within
@@ -105,14 +105,17 @@ def test_16_bit_models_are_within_their_tolerance(family: str, dtype: str, tmp_p
     assert verdict_of(folder, MIXED_BACK, trace_of(folder)).within
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma4_small"])
 def test_the_trace_ends_in_the_whole_models_logits(family: str, checkpoint: Checkpoints) -> None:
     """Both references agree with the library called in another way, and with each other on every layer."""
     by_torch, by_mlx = torch_trace(checkpoint(family)), trace_of(checkpoint(family), Backend.MLX)
     expected = WholeModel(checkpoint(family)).logits(by_torch.tokens)[-8:]
     np.testing.assert_allclose(by_torch.logits, expected, rtol=0, atol=5e-4)
     np.testing.assert_allclose(by_mlx.logits, expected, rtol=0, atol=5e-4)
-    assert len(by_torch.hidden) == len(by_mlx.hidden) == 7
+    assert len(by_torch.hidden) == len(by_mlx.hidden) == 1 + read_facts(open_checkpoint(checkpoint(family))).layer_count
+    assert (by_torch.inputs is None) == (by_mlx.inputs is None) == (family != "gemma4_small")
+    if by_torch.inputs is not None and by_mlx.inputs is not None:
+        np.testing.assert_allclose(by_torch.inputs, by_mlx.inputs, rtol=0, atol=5e-4)
     for one, other in zip(by_torch.hidden, by_mlx.hidden, strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=5e-4)
 

@@ -7,7 +7,18 @@ from pathlib import Path
 import pytest
 
 from cluster.models.checkpoint import Checkpoint, open_checkpoint
-from cluster.models.layout import Embedding, Head, Layer, Norm, Part, Unused, head_is_tied, owned_tensors, part_of
+from cluster.models.layout import (
+    Embedding,
+    Head,
+    Layer,
+    LayerInputs,
+    Norm,
+    Part,
+    Unused,
+    head_is_tied,
+    owned_tensors,
+    part_of,
+)
 from cluster.types import LayerRange
 from tests.paper_models import paper_config, paper_tensors, write_model, write_paper_model
 
@@ -20,6 +31,10 @@ from tests.paper_models import paper_config, paper_tensors, write_model, write_p
         ("model.layers.0.mlp.up_proj.biases", Layer(0)),
         ("model.layers.17.self_attn.q_proj.bias", Layer(17)),
         ("model.norm.weight", Norm()),
+        ("model.language_model.embed_tokens_per_layer.weight", LayerInputs("embed_tokens_per_layer")),
+        ("language_model.model.per_layer_model_projection.scales", LayerInputs("per_layer_model_projection")),
+        ("model.per_layer_projection_norm.weight", LayerInputs("per_layer_projection_norm")),
+        ("model.layers.3.per_layer_projection.weight", Layer(3)),
         ("model.embedding_norm.weight", Norm()),
         ("mtp.norm.weight", Unused()),
         ("lm_head.weight", Head()),

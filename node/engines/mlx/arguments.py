@@ -18,6 +18,7 @@ from cluster.models.layout import head_is_tied
 from cluster.models.shape import Shape, read_shape
 from node.engines.mlx.families import MLX_FAMILIES, MlxFamily, States, Windows
 from node.engines.mlx.rotations import Rotation, read_rotation
+from node.engines.mlx.varied import read_wide_heads
 
 _EVERYTHING, _WINDOW = "full_attention", "sliding_attention"
 _STATES = ("conv", "linear_attention")
@@ -70,6 +71,8 @@ def read_arguments(checkpoint: Checkpoint) -> Arguments:
         **_state_fields(family, states, where),
         **{name: _setting(family, config, name, silent) for name, silent in family.copied.items()},
     }
+    if family.wide_heads:
+        fields |= read_wide_heads(config, windows, shape.head_dim, where).fields
     if shape.experts:
         fields[family.experts_field] = shape.experts
     fields |= {name: _repeated(config, name, fields[other], where) for name, other in family.same.items()}
@@ -96,7 +99,8 @@ def _repeated(config: Mapping[str, object], name: str, value: object, where: str
 
 def _refuse_settings(family: MlxFamily, config: Mapping[str, object], where: str) -> None:
     for name, expected in family.expected.items():
-        if (found := _or_default(config, name, expected)) != expected:
+        found = _or_default(config, name, None if isinstance(expected, frozenset) else expected)
+        if found != expected and not (isinstance(expected, frozenset) and found in expected):
             raise ModelError(f"{where}: {name} is {found!r:.60}; the MLX engine computes only {expected!r}")
     if config.get("model_file"):
         raise ModelError(f"{where}: config.json names code of its own (model_file), which Potluck never runs")

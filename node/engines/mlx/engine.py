@@ -58,7 +58,7 @@ class _Forward:
     tokens: int
     drawing: tuple[int, ...]  # of this forward
     caches: tuple[LayerCache | StateCache, ...]  # of the owned layers
-    result: mx.array  # bits [rows, tokens, hidden], or float32 [drawing rows, vocabulary] on the last stage
+    results: tuple[mx.array, ...]  # the boundary's bits [rows, tokens, ...]; float32 logits on the last stage
 
 
 class MlxEngine:
@@ -77,15 +77,17 @@ class MlxEngine:
 
     def load(self, spec: StageSpec, progress: Progress) -> None:
         assert self._loaded is None, "an engine is loaded once"
-        if len(spec.boundary) != 1 or spec.boundary[0].dtype not in MLX_DTYPES:
-            raise ModelError(f"the MLX engine passes on one tensor of F32, F16 or BF16, not {spec.boundary}")
+        if len({tensor.dtype for tensor in spec.boundary} & MLX_DTYPES.keys()) != 1:
+            raise ModelError(f"the MLX engine passes on tensors of one of F32, F16 or BF16, not {spec.boundary}")
         checkpoint = open_checkpoint(spec.folder)
         arguments = read_arguments(checkpoint)
         if arguments.shape.layer_count != spec.layer_count:
             raise ModelError(f"the plan has {spec.layer_count} layers, config.json {arguments.shape.layer_count}")
-        if spec.boundary[0].shape != (arguments.shape.hidden_size,):
+        shape = arguments.shape
+        expected = [(shape.hidden_size,), *([(shape.layer_count, shape.input_width)] if shape.input_width else [])]
+        if [tensor.shape for tensor in spec.boundary] != expected:
             raise ModelError(
-                f"the plan's boundary is {spec.boundary[0].shape}, config.json says {arguments.shape.hidden_size}"
+                f"the plan's boundary is {[tensor.shape for tensor in spec.boundary]}, config.json says {expected}"
             )
         exact_tokens = arguments.rotation.exact_tokens
         if exact_tokens is not None and spec.context_tokens > exact_tokens:
@@ -174,7 +176,7 @@ def _build(loaded: _Loaded, rows: Sequence[Row], inputs: Boundary | None) -> lis
     """Every lane's forward as a graph. What the cache holds has not changed yet."""
     index_of = {row.seq: index for index, row in enumerate(rows)}
     begins = _begins(rows)
-    entering = host_bits(inputs[0]) if inputs else None
+    entering = [host_bits(tensor) for tensor in inputs or ()]
     forwards = []
     for lane in loaded.cache.lanes_for({row.seq: len(row.tokens) for row in rows}):
         indices = tuple(index_of[seq] for seq in lane.live)
@@ -188,26 +190,27 @@ def _forward(
     indices: tuple[int, ...],
     rows: Sequence[Row],
     begins: Sequence[int],
-    entering: Bits | None,
+    entering: Sequence[Bits],
 ) -> _Forward:
     sliced, spec = loaded.sliced, loaded.spec
     tokens = len(rows[indices[0]].tokens)
     positions = Positions([rows[index].start for index in indices], tokens)
-    caches = tuple(owned(positions, sliced.kinds[layer], lane.stored(slot)) for slot, layer in enumerate(spec.layers))
+    kept = [layer for layer in spec.layers if not sliced.kinds[layer].shares]
+    caches = tuple(owned(positions, sliced.kinds[layer], lane.stored(slot)) for slot, layer in enumerate(kept))
     drawing = tuple(place for place, index in enumerate(indices) if rows[index].draw is not None)
-    hidden = None
-    if entering is not None:
-        parts = [entering[begins[index] : begins[index] + tokens] for index in indices]
-        hidden = from_bits(np.stack(parts), spec.boundary[0].dtype)
+    tensors = []
+    for bits, tensor in zip(entering, spec.boundary, strict=bool(entering)):
+        parts = [bits[begins[index] : begins[index] + tokens] for index in indices]
+        tensors.append(from_bits(np.stack(parts), tensor.dtype))
     ids = mx.array([rows[index].tokens for index in indices], mx.int32)
-    output = sliced.forward(Piece(ids, hidden, drawing), sliced.caches(positions, caches))
-    result = output.astype(mx.float32) if spec.is_last else as_bits(output)
-    return _Forward(lane, indices, tokens, drawing, caches, result)
+    outputs = sliced.forward(Piece(ids, tuple(tensors), drawing), sliced.caches(positions, caches))
+    results = tuple(output.astype(mx.float32) if spec.is_last else as_bits(output) for output in outputs)
+    return _Forward(lane, indices, tokens, drawing, caches, results)
 
 
 def _compute(loaded: _Loaded, forwards: Sequence[_Forward]) -> None:
     """Evaluate the step, and let its positions count."""
-    wanted = [forward.result for forward in forwards if not loaded.spec.is_last or forward.drawing]
+    wanted = [array for forward in forwards if not loaded.spec.is_last or forward.drawing for array in forward.results]
     for forward in forwards:
         for slot, cache in enumerate(forward.caches):
             forward.lane.store(slot, *cache.arrays)
@@ -230,14 +233,16 @@ def _begins(rows: Sequence[Row]) -> list[int]:
 
 
 def _boundary(loaded: _Loaded, rows: Sequence[Row], forwards: Sequence[_Forward]) -> Boundary:
-    """The forwards' hidden states, packed in the order of the step's rows."""
-    (tensor,) = loaded.spec.boundary
+    """What the forwards pass on, packed in the order of the step's rows."""
     begins = _begins(rows)
-    packed = new_bits((begins[-1], *tensor.shape), tensor.dtype)
-    for forward in forwards:
-        for index, hidden in zip(forward.rows, read_bits(forward.result), strict=True):
-            packed[begins[index] : begins[index + 1]] = hidden
-    return (to_host(packed, tensor.dtype),)
+    boundary = []
+    for place, tensor in enumerate(loaded.spec.boundary):
+        packed = new_bits((begins[-1], *tensor.shape), tensor.dtype)
+        for forward in forwards:
+            for index, bits in zip(forward.rows, read_bits(forward.results[place]), strict=True):
+                packed[begins[index] : begins[index + 1]] = bits
+        boundary.append(to_host(packed, tensor.dtype))
+    return tuple(boundary)
 
 
 def _logits(loaded: _Loaded, rows: Sequence[Row], forwards: Sequence[_Forward]) -> Logits:
@@ -247,5 +252,5 @@ def _logits(loaded: _Loaded, rows: Sequence[Row], forwards: Sequence[_Forward]) 
     for forward in forwards:
         if forward.drawing:
             places = [order[forward.rows[place]] for place in forward.drawing]
-            logits[places] = np.asarray(forward.result)
+            logits[places] = np.asarray(forward.results[0])
     return logits

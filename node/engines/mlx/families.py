@@ -16,6 +16,7 @@ class Rotations(enum.Enum):
     ONE = enum.auto()  # the same for all layers
     LOCAL_BASE = enum.auto()  # layers with a window have a base of their own
     SCALED_BEYOND_WINDOWS = enum.auto()  # one base; only layers without a window are scaled
+    BY_KIND = enum.auto()  # each kind of layer has its own, and mlx-lm takes both as they are stated
     PARTIAL = enum.auto()  # some dimensions of a head only, and factors for each of them
 
 
@@ -43,7 +44,7 @@ class MlxFamily:
     module: str  # in mlx_lm.models
     rope_types: frozenset[str]
     rope_theta: float  # of a configuration that states none
-    expected: Mapping[str, object]  # settings that mlx-lm takes for granted; other values would be ignored
+    expected: Mapping[str, object]  # settings that mlx-lm takes for granted (or any of a set of values)
     copied: Mapping[str, object] = field(default_factory=dict)  # settings passed on, with what silence means
     nullable: frozenset[str] = frozenset()  # of the copied ones: null is a value, not silence
     lacks: frozenset[str] = frozenset()  # common settings that its argument class has no field for
@@ -61,6 +62,8 @@ class MlxFamily:
     window: int | None = None  # of a configuration that says nothing of it
     seeing_all: int = 0  # every so many layers one sees everything, if no list says so; 0: none does
     states: States = States.NONE
+    wide_heads: bool = False  # layers that see everything may have larger heads, and fewer of them for keys
+    returned: int = 0  # what its layers return beside hidden states
     groups_scores: bool = False  # scores are [rows, key heads, group, tokens, positions] when heads share keys
     transposed: tuple[str, ...] = ()  # matrices that transformers stores [in, out], within a layer, and no `.weight`
     raised: tuple[str, ...] = ()  # vectors of which only differences count, and that must not be negative
@@ -158,6 +161,29 @@ MLX_FAMILIES: Mapping[str, MlxFamily] = {
         windows=Windows.PERIOD,
         window=4096,
         seeing_all=6,
+    ),
+    # What layers return beside hidden states are keys and values, for the later layers that share them.
+    "gemma4_text": MlxFamily(
+        "gemma4_text",
+        frozenset({"default", "proportional"}),
+        1_000_000.0,
+        {**_GELU, **_UNBIASED, "use_bidirectional_attention": frozenset({None, "vision"})},
+        {
+            "num_kv_shared_layers": 0,
+            "hidden_size_per_layer_input": 256,
+            "vocab_size_per_layer_input": 262_144,
+            "attention_k_eq_v": False,
+            "final_logit_softcapping": None,
+            "use_double_wide_mlp": False,
+            "enable_moe_block": False,
+            "top_k_experts": None,
+            "moe_intermediate_size": None,
+        },
+        rotations=Rotations.BY_KIND,
+        windows=Windows.LISTED,
+        window=512,
+        wide_heads=True,
+        returned=2,
     ),
     "gpt_oss": MlxFamily(
         "gpt_oss",

@@ -49,10 +49,12 @@ class Positions:
 
 @dataclass(frozen=True, slots=True)
 class LayerKind:
-    """What a layer remembers: keys and values, looked at within a window or in full, or a state of some arrays."""
+    """What a layer remembers: keys and values, looked at within a window or in full, or a state of some arrays, or
+    nothing where it looks at the keys and values of another layer."""
 
     window: int | None = None
     states: int = 0
+    shares: bool = False
 
 
 class UnownedCache:
@@ -134,8 +136,10 @@ class StateCache:
         """Where a row is does not matter to its state."""
 
 
-def unowned(positions: Positions, kind: LayerKind) -> UnownedCache | StateCache:
-    """The cache of a layer of this kind that the stage does not own."""
+def unowned(positions: Positions, kind: LayerKind) -> UnownedCache | StateCache | None:
+    """The cache of a layer of this kind that the stage does not own, or that keeps nothing."""
+    if kind.shares:
+        return None
     return StateCache([None] * kind.states) if kind.states else UnownedCache(positions, kind.window)
 
 

@@ -34,10 +34,13 @@ class _Recorder:
         self._layer = layer
         self.entering: Any = None
         self.leaving: Any = None
+        self.input: Any = None
 
     def __call__(self, x: mx.array, *args: object, **kwargs: object) -> Any:
-        self.entering, self.leaving = x, self._layer(x, *args, **kwargs)
-        return self.leaving
+        self.entering, self.input = x, kwargs.get("per_layer_input")
+        returned = self._layer(x, *args, **kwargs)
+        self.leaving = returned[0] if isinstance(returned, tuple) else returned
+        return returned
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)
@@ -57,11 +60,13 @@ def trace_whole_model(folder: Path, facts: ModelFacts, tokens: tuple[int, ...], 
         layers[:] = recorders
         logits = model(mx.array([tokens]), cache=caches)[0, -drawn_tokens(len(tokens)) :]
         hidden = (recorders[0].entering, *(recorder.leaving for recorder in recorders))
+        inputs = mx.stack([recorder.input[0] for recorder in recorders], axis=1) if len(facts.boundary) > 1 else None
         try:
-            mx.eval(hidden, logits)
+            mx.eval(hidden, logits, inputs)
         except RuntimeError as error:
             raise ModelError(f"mlx-lm cannot compute {folder} in {facts.dtype} on {device.device}: {error}") from error
-        return Trace(device, tokens, tuple(_floats(array)[0] for array in hidden), _floats(logits))
+        own = None if inputs is None else _floats(inputs)
+        return Trace(device, tokens, tuple(_floats(array)[0] for array in hidden), _floats(logits), own)
 
 
 def _load(folder: Path) -> Any:
@@ -91,6 +96,12 @@ def in_words_of_mlx_lm(config: Mapping[str, Any]) -> dict[str, object]:
         vocabulary = {name: text_config[name] for name in text_config.keys() & {"vocab_size"}}
         return {"text_config": {**text_config, **in_words_of_mlx_lm(text_config)}, **vocabulary}
     words: dict[str, object] = {}
+    if isinstance(by_layer := config.get("per_layer_config"), dict) and by_layer:
+        wide = next(iter(by_layer.values()))
+        words["global_head_dim"], words["num_global_key_value_heads"] = (
+            wide["head_dim"],
+            wide.get("num_key_value_heads"),
+        )
     if "num_local_experts" in config:
         words["num_experts"] = config["num_local_experts"]
     rope = config.get("rope_parameters")

@@ -33,29 +33,29 @@ class _Recorder(UnownedCache):
 
 def rehearse(sliced: SlicedModel, spec: StageSpec) -> tuple[LayerShape, ...]:
     """What each owned layer caches; ModelError when the slice does not take or give what the plan says."""
-    dtype = MLX_DTYPES[spec.boundary[0].dtype]
+    dtypes = [MLX_DTYPES[tensor.dtype] for tensor in spec.boundary]
+    passed = [((1, 1, *tensor.shape), dtype) for tensor, dtype in zip(spec.boundary, dtypes, strict=True)]
     positions = Positions([0], 1)
-    recorders = [_recorder(positions, sliced.kinds[layer]) for layer in spec.layers]
-    entering = None if spec.is_first else mx.zeros((1, 1, sliced.hidden_size), dtype)
+    kept = [layer for layer in spec.layers if not sliced.kinds[layer].shares]
+    recorders = [_recorder(positions, sliced.kinds[layer]) for layer in kept]
+    entering = () if spec.is_first else tuple(mx.zeros(shape, dtype) for shape, dtype in passed)
     piece = Piece(mx.zeros((1, 1), mx.int32), entering, drawing=(0,))
     try:
-        output = sliced.forward(piece, sliced.caches(positions, recorders))
+        outputs = sliced.forward(piece, sliced.caches(positions, recorders))
     except (AttributeError, IndexError, TypeError, ValueError) as error:
         raise ModelError(f"layers {spec.layers} cannot be computed on their own: {error}") from error
-    found = (tuple(output.shape), output.dtype)
-    expected = ((1, sliced.vocab_size) if spec.is_last else (1, 1, sliced.hidden_size), dtype)
-    if found[0] != expected[0] or (found[1] != dtype and not spec.is_last):
-        raise ModelError(f"layers {spec.layers} give {found[1]}{found[0]}; the plan says {expected[1]}{expected[0]}")
+    found = [(tuple(output.shape), output.dtype) for output in outputs]
+    expected = [((1, sliced.vocab_size), found[0][1])] if spec.is_last else passed
+    if found != expected:
+        raise ModelError(f"layers {spec.layers} give {found}; the plan says {expected}")
     try:
-        mx.eval(output)
+        mx.eval(*outputs)
     except RuntimeError as error:
         where = f"in {spec.boundary[0].dtype} on {spec.device}"
         raise ModelError(
             f"MLX cannot compute layers {spec.layers} {where}: {error}; give them to another device or engine"
         ) from error
-    return tuple(
-        _shape(layer, sliced.kinds[layer], recorder) for layer, recorder in zip(spec.layers, recorders, strict=True)
-    )
+    return tuple(_shape(layer, sliced.kinds[layer], recorder) for layer, recorder in zip(kept, recorders, strict=True))
 
 
 def _recorder(positions: Positions, kind: LayerKind) -> _Recorder | StateCache:

@@ -20,10 +20,14 @@ _NEEDED: Mapping[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
     "longrope": ("short_factor", "long_factor"),
+    "proportional": (),
 }
 """What each kind of rotation has to state. `dynamic` is not one: it looks at the longest row of a batch."""
 
-_OPTIONAL: Mapping[str, tuple[str, ...]] = {"yarn": ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")}
+_OPTIONAL: Mapping[str, tuple[str, ...]] = {
+    "yarn": ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+    "proportional": ("partial_rotary_factor", "factor"),
+}
 
 _LOCAL_THETA = 10_000.0  # of Gemma 3's layers with a window, when the configuration is silent
 _SECTIONS = frozenset({"mrope_section", "mrope_interleaved"})
@@ -48,6 +52,8 @@ def read_rotation(family: MlxFamily, config: Mapping[str, object], shape: Shape,
             return _local_base(family, config, where)
         case Rotations.SCALED_BEYOND_WINDOWS:
             return _scaled_beyond_windows(family, config, where)
+        case Rotations.BY_KIND:
+            return _as_stated_by_kind(family, config, where)
         case Rotations.PARTIAL:
             return _partial(family, config, shape, where)
 
@@ -91,6 +97,24 @@ def _scaled_beyond_windows(family: MlxFamily, config: Mapping[str, object], wher
             "the MLX engine computes only one base for both"
         )
     return Rotation({"rope_theta": _theta(theta, where), "rope_scaling": _scaling(everywhere, family, where)})
+
+
+def _as_stated_by_kind(family: MlxFamily, config: Mapping[str, object], where: str) -> Rotation:
+    """Gemma 4. Both libraries fill in alike what is not stated at all, but not what is stated in part."""
+    if config.get("rope_parameters") is None:
+        return Rotation({"rope_parameters": None})
+    everywhere, windowed = _by_kind(config, where)
+    _refuse_scaled_windows(windowed, where)
+    scaling = _scaling(everywhere, family, where) or {"rope_type": "default"}
+    part = scaling.get("partial_rotary_factor", 1.0)
+    # Of heads as large as a power of two, a part that is a whole number of eighths leaves pairs of dimensions.
+    if not isinstance(part, int | float) or not 0 < part <= 1 or part * 8 % 1:
+        raise ModelError(f"{where}: expected partial_rotary_factor in eighths, up to 1, found {part!r:.40}")
+    by_kind = {
+        "full_attention": {**scaling, "rope_theta": _theta(everywhere.get("rope_theta"), where)},
+        "sliding_attention": {"rope_type": "default", "rope_theta": _theta(windowed.get("rope_theta"), where)},
+    }
+    return Rotation({"rope_parameters": by_kind})
 
 
 def _partial(family: MlxFamily, config: Mapping[str, object], shape: Shape, where: str) -> Rotation:

@@ -22,43 +22,40 @@ from cluster.errors import ModelError
 from cluster.types import LayerRange
 from node.engines.mlx.arguments import Arguments
 from node.engines.mlx.families import Windows
+from node.engines.mlx.ports import Ports, cut_inputs
 from node.engines.mlx.positions import LayerKind, Positions, unowned
 
 
-class _Ports:
-    """What goes into and comes out of a forward besides its arguments and its result."""
-
-    def __init__(self) -> None:
-        self.entering: mx.array | None = None  # [rows, tokens, hidden]
-        self.leaving: mx.array | None = None  # [rows, tokens, hidden]
-        self.drawing: mx.array | None = None  # the rows whose last position is asked for
+def _answer_like(module: nn.Module, original: nn.Module) -> None:
+    for name, value in vars(original).items():
+        if not name.startswith("_"):
+            setattr(module, name, value)
 
 
 class _StandIn(nn.Module):
-    """In the place of a layer. It still answers what the model's loop asks its layers (`use_sliding`, for one)."""
+    """In the place of a layer. It still answers what the model's loop asks its layers (`use_sliding`, for one), and
+    returns as much."""
 
-    def __init__(self, original: nn.Module) -> None:
+    def __init__(self, original: nn.Module, ports: Ports, returned: int) -> None:
         super().__init__()
-        for name, value in vars(original).items():
-            if not name.startswith("_"):
-                setattr(self, name, value)
+        self._ports, self._beside = ports, (None,) * returned
+        _answer_like(self, original)
 
 
 class _Passing(_StandIn):
     """An unowned layer."""
 
-    def __call__(self, x: mx.array, *_: object, **__: object) -> mx.array:
+    def __call__(self, x: mx.array, *_: object, **__: object) -> Any:
+        return (self._pass(x), *self._beside) if self._beside else self._pass(x)
+
+    def _pass(self, x: mx.array) -> mx.array:
         return x
 
 
 class _Entering(_Passing):
     """The layer before the first owned one: its output is what the stage before sent."""
 
-    def __init__(self, original: nn.Module, ports: _Ports) -> None:
-        super().__init__(original)
-        self._ports = ports
-
-    def __call__(self, x: mx.array, *_: object, **__: object) -> mx.array:
+    def _pass(self, x: mx.array) -> mx.array:
         assert self._ports.entering is not None
         return self._ports.entering
 
@@ -66,11 +63,7 @@ class _Entering(_Passing):
 class _Leaving(_Passing):
     """The layer after the last owned one: its input is what this stage sends."""
 
-    def __init__(self, original: nn.Module, ports: _Ports) -> None:
-        super().__init__(original)
-        self._ports = ports
-
-    def __call__(self, x: mx.array, *_: object, **__: object) -> mx.array:
+    def _pass(self, x: mx.array) -> mx.array:
         self._ports.leaving = x
         return x
 
@@ -89,12 +82,13 @@ class _NoEmbedding(nn.Module):
         return x
 
 
-class _Masked(_StandIn):
+class _Masked(nn.Module):
     """An owned layer whose model makes one mask for all layers, or one that does not fit a batch: it takes the mask
     of its own cache instead."""
 
     def __init__(self, original: nn.Module, *, grouped: bool) -> None:
-        super().__init__(original)
+        super().__init__()
+        _answer_like(self, original)
         self.layer = original
         self._grouped = grouped  # scores are [rows, key heads, group, tokens, positions]
 
@@ -107,7 +101,7 @@ class _DrawnNorm(nn.Module):
     """The final norm, and with it the head, at the last position of the drawing rows only: logits of a whole
     prompt would take gigabytes."""
 
-    def __init__(self, norm: nn.Module, ports: _Ports) -> None:
+    def __init__(self, norm: nn.Module, ports: Ports) -> None:
         super().__init__()
         self.norm = norm
         self._ports = ports
@@ -121,7 +115,7 @@ class Piece:
     """One forward's rows, all of the same number of new tokens."""
 
     tokens: mx.array  # [rows, tokens] ids
-    entering: mx.array | None  # [rows, tokens, hidden] unless this is the first stage
+    entering: tuple[mx.array, ...]  # the boundary's tensors, [rows, tokens, ...] each; none on the first stage
     drawing: tuple[int, ...]  # rows to draw after
 
 
@@ -137,7 +131,7 @@ class SlicedModel:
         self.is_last = layers.last == len(self.kinds)
         self._norm = arguments.family.norm
         self._masks = _masks_needed(arguments)
-        self._ports = _Ports()
+        self._ports = Ports()
         _cut(model, self._ports, layers, _NoEmbedding(self.hidden_size, dtype), arguments)
 
     @property
@@ -156,25 +150,27 @@ class SlicedModel:
             setattr(body, self._norm, _DrawnNorm(getattr(body, self._norm), self._ports))
 
     def caches(self, positions: Positions, owned: Sequence[object]) -> list[object]:
-        """One cache for each layer of the model: `owned` where the stage has the layer. One more at the end,
-        because a model without layers that see everything still asks for a mask of theirs."""
+        """One cache for each layer of the model: `owned` where the stage has the layer and it keeps something (those
+        that do not are the last of a stage). One more at the end, because a model without layers that see everything
+        still asks for a mask of theirs."""
         caches: list[object] = [unowned(positions, kind) for kind in (*self.kinds, LayerKind())]
-        caches[self.layers.first : self.layers.last] = owned
+        caches[self.layers.first : self.layers.first + len(owned)] = owned
         return caches
 
-    def forward(self, piece: Piece, caches: Sequence[object]) -> mx.array:
-        """What leaves the stage: [rows, tokens, hidden], or [drawing rows, vocabulary] on the last one. Lazy."""
-        self._ports.entering = piece.entering
+    def forward(self, piece: Piece, caches: Sequence[object]) -> tuple[mx.array, ...]:
+        """What leaves the stage: the boundary's tensors, or [drawing rows, vocabulary] on the last one. Lazy."""
+        ports = self._ports
+        ports.entering, ports.inputs = (*piece.entering, None, None)[:2]
         # An empty choice of rows is no shape for a model; the logits of row 0 are never computed then.
-        self._ports.drawing = mx.array(piece.drawing or (0,))
+        ports.drawing = mx.array(piece.drawing or (0,))
         try:
             output: mx.array = self.model(piece.tokens, cache=list(caches))
             if self.is_last:
-                return output[:, 0]
-            assert self._ports.leaving is not None
-            return self._ports.leaving
+                return (output[:, 0],)
+            assert ports.leaving is not None
+            return (ports.leaving,) if ports.inputs is None else (ports.leaving, ports.inputs)
         finally:
-            self._ports.entering = self._ports.leaving = self._ports.drawing = None
+            ports.entering = ports.inputs = ports.leaving = ports.drawing = None
 
 
 def build_model(arguments: Arguments) -> Any:
@@ -212,11 +208,12 @@ def _kinds(model: Any, arguments: Arguments) -> tuple[LayerKind, ...]:
     transformers reads it, has to say the same."""
     caches = model.make_cache() if hasattr(model, "make_cache") else [KVCache() for _ in model.layers]
     theirs = tuple(_kind(index, cache, arguments) for index, cache in enumerate(caches))
+    sharing = arguments.shape.layer_count - len(caches)
+    theirs += tuple(LayerKind(window, shares=True) for window in arguments.windows[len(caches) :])
     if arguments.family.windows is Windows.IGNORED:
         return tuple(LayerKind(window) for window in arguments.windows)
-    if [(kind.window, bool(kind.states)) for kind in theirs] != list(
-        zip(arguments.windows, arguments.states, strict=True)
-    ):
+    stated = list(zip(arguments.windows, arguments.states, strict=True))
+    if sharing != arguments.shape.sharing_layers or [(kind.window, bool(kind.states)) for kind in theirs] != stated:
         raise ModelError(
             f"mlx-lm takes the layers for {theirs}; config.json gives windows {arguments.windows} and "
             f"states {arguments.states}"
@@ -237,18 +234,20 @@ def _kind(index: int, cache: Any, arguments: Arguments) -> LayerKind:
     )
 
 
-def _cut(model: Any, ports: _Ports, layers: LayerRange, no_embedding: nn.Module, arguments: Arguments) -> None:
-    body = model.model
+def _cut(model: Any, ports: Ports, layers: LayerRange, no_embedding: nn.Module, arguments: Arguments) -> None:
+    body, returned = model.model, arguments.family.returned
     for index, original in enumerate(body.layers):
         if index == layers.first - 1:
-            body.layers[index] = _Entering(original, ports)
+            body.layers[index] = _Entering(original, ports, returned)
         elif index == layers.last:
-            body.layers[index] = _Leaving(original, ports)
+            body.layers[index] = _Leaving(original, ports, returned)
         elif index not in layers:
-            body.layers[index] = _Passing(original)
+            body.layers[index] = _Passing(original, ports, returned)
     is_first, is_last = layers.first == 0, layers.last == len(body.layers)
     if not (is_first or (is_last and arguments.tied)):
         body.embed_tokens = no_embedding
+    if arguments.shape.input_width:
+        cut_inputs(body, ports, is_first)
     if not is_last:
         setattr(body, arguments.family.norm, nn.Identity())
         if "lm_head" in model:

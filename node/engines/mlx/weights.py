@@ -19,10 +19,10 @@ from mlx_lm.utils import infer_quant_config
 from cluster.errors import ModelError
 from cluster.models.checkpoint import Checkpoint, StoredTensor
 from cluster.models.families import family_of
-from cluster.models.layout import Layer, canonical_name, owned_tensors, part_of, within_layer
+from cluster.models.layout import Layer, Part, canonical_name, owned_tensors, part_of, within_layer
 from cluster.models.quantising import GROUP
 from cluster.types import DType
-from node.engine import LoadProgress, Progress, StageSpec
+from node.engine import AwaitTensors, LoadProgress, Progress, StageSpec
 from node.engines.mlx.arguments import Arguments
 from node.engines.mlx.families import MlxFamily
 from node.engines.mlx.quantising import pack_rows, unpack_rows
@@ -58,7 +58,7 @@ def load_slice(
     _quantise(model, weights, checkpoint, spec.bits)
     _check(model, weights, spec)
     total_bytes = sum(array.nbytes for array in weights.values())
-    _read(model, weights, total_bytes, progress)
+    _read(model, weights, total_bytes, progress, _Arriving(owned, spec.await_tensors))
     sliced.seal()
     # Rotation frequencies are arrays as well, in no file and no parameter; nothing may stay unevaluated, because
     # MLX would tie it to this thread.
@@ -169,12 +169,35 @@ def _check(model: nn.Module, weights: Mapping[str, mx.array], spec: StageSpec) -
         assert owned, f"{name} is not of stage {spec.layers}"
 
 
-def _read(model: nn.Module, weights: dict[str, mx.array], total_bytes: int, progress: Progress) -> None:
+class _Arriving:
+    """Waits for what parameters are made of. mlx-lm renames and stacks tensors, but never across parts."""
+
+    def __init__(self, owned: Sequence[StoredTensor], await_tensors: AwaitTensors) -> None:
+        self._parts: dict[Part, list[StoredTensor]] = {}
+        for tensor in sorted(owned, key=lambda tensor: (tensor.file, tensor.begin)):
+            self._parts.setdefault(part_of(tensor.name), []).append(tensor)
+        self._order = {part: place for place, part in enumerate(self._parts)}
+        self._owned = owned
+        self._await_tensors = await_tensors
+
+    def place(self, parameter: str) -> int:
+        """Parts in the order in which they lie in the files, which is the order in which they arrive."""
+        return self._order.get(part_of(parameter), len(self._order))
+
+    def wait_for(self, parameter: str) -> None:
+        """What has no tensors of its own, such as a tied head, may be made of any."""
+        self._await_tensors(tensor.name for tensor in self._parts.get(part_of(parameter), self._owned))
+
+
+def _read(
+    model: nn.Module, weights: dict[str, mx.array], total_bytes: int, progress: Progress, arriving: _Arriving
+) -> None:
     """Read tensor by tensor: a stack of experts is there twice only while that one stack is made."""
     done_bytes = 0
     progress(LoadProgress(0, total_bytes))
-    while weights:
-        name, array = weights.popitem()
+    for name in sorted(weights, key=arriving.place):
+        array = weights.pop(name)
+        arriving.wait_for(name)
         try:
             mx.eval(array)
         except (RuntimeError, OSError) as error:

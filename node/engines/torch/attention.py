@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from cluster.errors import ModelError
-from node.engines.torch import latent
+from node.engines.torch import latent, shared
 from node.engines.torch.kv import LayerState, SequenceCache
 
 NAME = "potluck"
@@ -34,13 +34,14 @@ _IGNORED = frozenset({"position_ids", "use_cache", "output_attentions", "output_
 @dataclass(frozen=True, slots=True)
 class Span:
     """A sequence's part of the packed tokens: [begin, end) of the batch at positions from `start`. `states` are those
-    that the step leaves behind, by layer."""
+    that the step leaves behind, by layer; `offered` is what layers without keys of their own attend to, by kind."""
 
     begin: int
     end: int
     start: int
     cache: SequenceCache
     states: dict[int, LayerState] = field(default_factory=dict)
+    offered: dict[str, shared.Cached] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +89,12 @@ def attend(
     scoring = Scoring(sliding_window, scaling, softcap, s_aux)
     output = query.new_empty((query.shape[2], query.shape[1], key.shape[3] if is_latent else value.shape[3]))
     for span in batch.spans:
-        keys, values = span.cache.write(
-            layer, span.start, key[0, :, span.begin : span.end], value[0, :, span.begin : span.end]
-        )
+        if shared.shares(module):
+            keys, values = shared.borrow(module, span.offered)
+        else:
+            new = slice(span.begin, span.end)
+            keys, values = span.cache.write(layer, span.start, key[0, :, new], value[0, :, new])
+            shared.offer(module, (keys, values), span.offered)
         queries = query[0, :, span.begin : span.end]
         rows = _attend_sequence(queries, keys, keys if is_latent else values, span.start, scoring)
         output[span.begin : span.end] = rows.transpose(0, 1)

@@ -21,7 +21,7 @@ from cluster.types import Backend, SequenceId
 from node.engine import Capacity, Logits, Progress, Rewind, StageSpec
 from node.engines.torch.attention import Batch, Span
 from node.engines.torch.kv import KvCache, SequenceCache
-from node.engines.torch.slicing import SlicedModel, build_slice
+from node.engines.torch.slicing import Passing, SlicedModel, build_slice
 from node.engines.torch.tensors import TORCH_DTYPES, check_inputs, device_from, from_host, to_host
 from node.engines.torch.weights import load_weights
 
@@ -61,10 +61,11 @@ class TorchEngine:
             torch.set_num_threads(spec.threads)
         checkpoint = open_checkpoint(spec.folder)
         sliced = build_slice(checkpoint, spec, _compute_dtype(spec), device)
-        if spec.boundary[0].shape != (sliced.hidden_size,):
-            raise ModelError(f"the plan's boundary is {spec.boundary[0].shape}; config.json says {sliced.hidden_size}")
+        found, expected = [tensor.shape for tensor in spec.boundary], sliced.boundary_shapes(spec.layer_count)
+        if found != expected:
+            raise ModelError(f"the plan's boundary is {found}; config.json says {expected}")
         tensors = owned_tensors(checkpoint, spec.layers, spec.layer_count)
-        weight_bytes = load_weights(sliced, spec.folder, tensors, device, progress)
+        weight_bytes = load_weights(sliced, spec, tensors, device, progress)
         cache = KvCache(len(spec.layers), spec.kv_tokens, spec.context_tokens, rewinds=not sliced.has_states)
         stage = _Loaded(spec, sliced, cache, device, weight_bytes)
         _rehearse(stage)
@@ -119,13 +120,13 @@ class TorchEngine:
 
 def _compute_dtype(spec: StageSpec) -> torch.dtype:
     """The boundary's type, which the plan took from the checkpoint: every stage computes in the same one."""
-    dtype = spec.boundary[0].dtype
-    if len(spec.boundary) != 1 or dtype not in TORCH_DTYPES:
+    dtypes = {tensor.dtype for tensor in spec.boundary}
+    if len(dtypes) != 1 or not dtypes <= TORCH_DTYPES.keys():
         raise ModelError(
-            f"the torch engine computes in {', '.join(TORCH_DTYPES)} with one tensor between stages; "
+            f"the torch engine computes in one of {', '.join(TORCH_DTYPES)}; "
             f"this model needs {', '.join(f'{tensor.name} as {tensor.dtype}' for tensor in spec.boundary)}"
         )
-    return TORCH_DTYPES[dtype]
+    return TORCH_DTYPES[spec.boundary[0].dtype]
 
 
 def _check_rows(stage: _Loaded, rows: Sequence[Row]) -> None:
@@ -167,18 +168,24 @@ def _compute(stage: _Loaded, rows: Sequence[Row], inputs: Boundary | None, batch
     if rows:
         positions = torch.tensor([p for row in rows for p in range(row.start, row.end)], device=device)
         if inputs is None:
-            source = torch.tensor([token for row in rows for token in row.tokens], device=device)
+            entering = sliced.enter(torch.tensor([token for row in rows for token in row.tokens], device=device))
         else:
-            source = from_host(inputs[0], device)
+            entering = Passing(*(from_host(tensor, device) for tensor in inputs))
         if sliced.is_last and keep:
-            logits = sliced.logits(source, positions, batch, torch.tensor(keep, device=device))
+            logits = sliced.logits(entering, positions, batch, torch.tensor(keep, device=device))
             return np.ascontiguousarray(logits.float().cpu().numpy())
-        hidden = sliced.hidden_states(source, positions, batch)
+        leaving = sliced.hidden_states(entering, positions, batch)
     else:
-        hidden = torch.empty((0, sliced.hidden_size), dtype=TORCH_DTYPES[spec.boundary[0].dtype])
+        leaving = _nothing(spec, 0, device)
     if sliced.is_last:
         return np.empty((0, sliced.vocabulary), dtype=np.float32)
-    return (to_host(hidden, spec.boundary[0]),)
+    return tuple(to_host(tensor, plan) for tensor, plan in zip(leaving.tensors, spec.boundary, strict=True))
+
+
+def _nothing(spec: StageSpec, tokens: int, device: torch.device) -> Passing:
+    """What a boundary carries for so many tokens, all of it zeros."""
+    shapes = (((tokens, *tensor.shape), TORCH_DTYPES[tensor.dtype]) for tensor in spec.boundary)
+    return Passing(*(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in shapes))
 
 
 def _rehearse(stage: _Loaded) -> None:
@@ -187,15 +194,11 @@ def _rehearse(stage: _Loaded) -> None:
     sliced, layer_count = stage.sliced, len(stage.spec.layers)
     batch = Batch((Span(0, 1, 0, SequenceCache(layer_count, 1)),))
     positions = torch.zeros(1, dtype=torch.int64, device=stage.device)
-    if sliced.is_first:
-        source = positions
-    else:
-        dtype = TORCH_DTYPES[stage.spec.boundary[0].dtype]
-        source = torch.zeros((1, sliced.hidden_size), dtype=dtype, device=stage.device)
+    entering = sliced.enter(positions) if sliced.is_first else _nothing(stage.spec, 1, stage.device)
     if sliced.is_last:
-        sliced.logits(source, positions, batch, positions)
+        sliced.logits(entering, positions, batch, positions)
     else:
-        sliced.hidden_states(source, positions, batch)
+        sliced.hidden_states(entering, positions, batch)
     if batch.attended != list(range(layer_count)):
         raise ModelError(
             f"the torch engine computes layers that attend once each, in order; of {layer_count} layers of "

@@ -42,12 +42,20 @@ def trace_whole_model(folder: Path, facts: ModelFacts, tokens: tuple[int, ...], 
         hidden.append(_floats(output if isinstance(output, torch.Tensor) else output[0]))
 
     layers[0].register_forward_pre_hook(on_enter, with_kwargs=True)
+    inputs: list[Floats] = []
+
+    def on_input(_: object, args: tuple[Any, ...]) -> None:
+        inputs.append(_floats(args[1]))
+
     for layer in layers:
         layer.register_forward_hook(on_leave)
+        if len(facts.boundary) > 1:
+            layer.register_forward_pre_hook(on_input)
     entering = torch.tensor([tokens], device=device.device)
     with torch.inference_mode():
         output = model(input_ids=entering, use_cache=False, logits_to_keep=drawn_tokens(len(tokens)))
-    return Trace(device, tokens, tuple(array[0] for array in hidden), _floats(output.logits)[0])
+    own = np.concatenate(inputs).swapaxes(0, 1) if inputs else None
+    return Trace(device, tokens, tuple(array[0] for array in hidden), _floats(output.logits)[0], own)
 
 
 def _load(folder: Path, facts: ModelFacts) -> Any:

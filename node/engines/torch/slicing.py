@@ -7,29 +7,46 @@ cannot compute exactly is refused here, by name, before a byte of weights is rea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import assert_never
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from cluster.errors import ModelError
 from cluster.models.checkpoint import Checkpoint
 from cluster.models.families import architecture_of, family_of
-from cluster.models.layout import Embedding, Head, Layer, Norm, Unused, head_is_tied, part_of, within_layer
+from cluster.models.layout import (
+    Embedding,
+    Head,
+    Layer,
+    LayerInputs,
+    Norm,
+    Unused,
+    head_is_tied,
+    part_of,
+    within_layer,
+)
 from cluster.types import LayerRange
 from node.engine import StageSpec
-from node.engines.torch import attention, latent, recurrent
+from node.engines.torch import attention, latent, recurrent, shared
+from node.engines.torch.configuration import read_config
+from node.engines.torch.inputs import InputMaker, takes_inputs
 
 _GENERATIVE = ("ForCausalLM", "ForConditionalGeneration")
 
-_NOT_FROM_FILES = frozenset({"attn_implementation", "auto_map", "experts_implementation", "model_type"})
 
-_LAYER_TYPES = frozenset({"conv", "full_attention", "linear_attention", "sliding_attention"})
+@dataclass(frozen=True, slots=True)
+class Passing:
+    """What goes from one layer to the next, over a boundary where a stage ends between them."""
 
-_ROPE_TYPES = frozenset({"default", "linear", "llama3", "longrope", "proportional", "yarn"})
-"""Rotations that depend on a token's position alone; `dynamic` looks at the longest row of a batch. `longrope` does
-too, but not below the original context, and above it this engine does not go."""
+    hidden: torch.Tensor  # [tokens, hidden]
+    inputs: torch.Tensor | None = None  # [tokens, all layers, width] where layers have inputs of their own
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.hidden,) if self.inputs is None else (self.hidden, self.inputs)
 
 
 class SlicedModel:
@@ -41,6 +58,7 @@ class SlicedModel:
         self.layers = layers
         self.is_first = layers.first == 0
         self.is_last = layers.last == layer_count
+        self._inputs: InputMaker | None = None
 
     @property
     def norm_name(self) -> str:
@@ -50,6 +68,11 @@ class SlicedModel:
     @property
     def hidden_size(self) -> int:
         return int(self.model.config.hidden_size)
+
+    def boundary_shapes(self, layer_count: int) -> list[tuple[int, ...]]:
+        """Of what goes from one layer to the next, for each token."""
+        width = getattr(self.model.config, "hidden_size_per_layer_input", 0)
+        return [(self.hidden_size,), (layer_count, width)] if takes_inputs(self.model) else [(self.hidden_size,)]
 
     @property
     def vocabulary(self) -> int:
@@ -64,6 +87,8 @@ class SlicedModel:
                 return f"model.layers.{index - self.layers.first}.{rest}"
             case Embedding():
                 return f"model.embed_tokens.{rest}"
+            case LayerInputs(module):
+                return f"model.{module}.{rest}"
             case Norm():
                 return f"model.{self.norm_name}.{rest}"
             case Head():
@@ -80,39 +105,46 @@ class SlicedModel:
             f"model.layers.{part.index + self.layers.first}.{within_layer(local)}" if isinstance(part, Layer) else local
         )
 
-    def hidden_states(self, source: torch.Tensor, positions: torch.Tensor, batch: attention.Batch) -> torch.Tensor:
-        """[tokens] ids on the first stage, else [tokens, hidden]; returns what leaves the last owned layer."""
-        output = self.model.model(**self._arguments(source, positions, batch))
-        return output.last_hidden_state[0]
+    def enter(self, ids: torch.Tensor) -> Passing:
+        """What enters layer 0, of [tokens] ids; on the first stage alone."""
+        embedded = self.model.model.embed_tokens(ids[None])
+        inputs = None if self._inputs is None else self._inputs.make(ids[None], embedded)[0]
+        return Passing(embedded[0], inputs)
+
+    def hidden_states(self, entering: Passing, positions: torch.Tensor, batch: attention.Batch) -> Passing:
+        """What leaves the last owned layer."""
+        output = self.model.model(**self._arguments(entering, positions, batch))
+        return Passing(output.last_hidden_state[0], entering.inputs)
 
     def logits(
-        self, source: torch.Tensor, positions: torch.Tensor, batch: attention.Batch, keep: torch.Tensor
+        self, entering: Passing, positions: torch.Tensor, batch: attention.Batch, keep: torch.Tensor
     ) -> torch.Tensor:
         """[len(keep), vocabulary] after the packed tokens that `keep` names; their head, with its soft-cap."""
-        output = self.model(**self._arguments(source, positions, batch), logits_to_keep=keep)
+        output = self.model(**self._arguments(entering, positions, batch), logits_to_keep=keep)
         return output.logits[0]
 
-    def _arguments(self, source: torch.Tensor, positions: torch.Tensor, batch: attention.Batch) -> dict[str, object]:
-        entrance = "input_ids" if self.is_first else "inputs_embeds"
-        return {
-            entrance: source[None],
+    def _arguments(self, entering: Passing, positions: torch.Tensor, batch: attention.Batch) -> dict[str, object]:
+        arguments: dict[str, object] = {
+            "inputs_embeds": entering.hidden[None],
             "position_ids": positions[None],
             "use_cache": False,
             attention.BATCH_KEYWORD: batch,
         }
+        if self._inputs is not None and entering.inputs is not None:
+            arguments["per_layer_inputs"] = self._inputs.owned(entering.inputs[None])
+        return arguments
+
+    def cut_inputs(self) -> None:
+        """Where layers have inputs of their own: keep what makes them on the first stage alone."""
+        if takes_inputs(self.model):
+            self._inputs = InputMaker(self.model.model, self.layers)
 
 
 def build_slice(checkpoint: Checkpoint, spec: StageSpec, dtype: torch.dtype, device: torch.device) -> SlicedModel:
     """The slice with buffers computed on `device` and parameters still on the meta device, to be loaded."""
     _refuse_checkpoint(checkpoint)
     family, text_config = family_of(checkpoint.config, str(checkpoint.folder))
-    config = _parse(family.model_type, text_config)
-    _refuse_config(config, spec)
-    for setting in family.refused:  # once more, because the library's defaults are in it now
-        if getattr(config, setting, None):
-            raise ModelError(f"{setting} is {getattr(config, setting)!r}; Potluck runs {family.title} only without it")
-    if getattr(config, "attn_logit_softcapping", None) is not None and not family.writes_scores:
-        raise ModelError(f"{family.title} models have no attn_logit_softcapping; config.json asks for it")
+    config = read_config(family, text_config, spec)
     model = _build(config, dtype)
     _compute_buffers(model, device)  # before the cut, because some depend on the kinds of all layers
     latent.keep_latents(model)
@@ -135,60 +167,13 @@ def _refuse_checkpoint(checkpoint: Checkpoint) -> None:
         raise ModelError(f"config.json says {name}; expected a model that generates text ({', '.join(_GENERATIVE)})")
 
 
-def _parse(model_type: str, raw: Mapping[str, object]) -> PretrainedConfig:
-    # Keys that choose code (attention and expert implementations, remote classes) are ours to set, not the file's.
-    fields = {key: value for key, value in raw.items() if not key.startswith("_") and key not in _NOT_FROM_FILES}
-    try:
-        config = AutoConfig.for_model(model_type, **fields)
-    except Exception as error:  # outside input meets a library that raises whatever it runs into
-        raise ModelError(f"config.json is damaged or not of this model: {error}") from error
-    # These would make the model collect what nobody reads.
-    config.output_hidden_states = False
-    config.output_attentions = False
-    config.output_router_logits = False
-    return config
-
-
-def _refuse_config(config: PretrainedConfig, spec: StageSpec) -> None:
-    layer_count = spec.layer_count
-    if config.num_hidden_layers != layer_count:
-        raise ModelError(f"the plan has {layer_count} layers; config.json says {config.num_hidden_layers}")
-    types = getattr(config, "layer_types", None) or []
-    if unknown := sorted(set(types) - _LAYER_TYPES):
-        raise ModelError(f"the torch engine does not compute layers of type {', '.join(unknown)}")
-    if types and len(types) != layer_count:
-        raise ModelError(f"config.json lists {len(types)} layer_types for {layer_count} layers")
-    if getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision"):  # text is causal then
-        raise ModelError(
-            "the torch engine computes causal attention only; config.json asks for use_bidirectional_attention"
-        )
-    for rope in _rope_parameters(config):
-        kind, original = rope.get("rope_type", "default"), rope.get("original_max_position_embeddings")
-        if kind == "longrope" and not (isinstance(original, int) and spec.context_tokens <= original):
-            raise ModelError(
-                f"rotations of rope_type longrope change for all positions when a sequence passes {original} tokens; "
-                f"the torch engine stops there, and the plan allows {spec.context_tokens}: ask for a shorter context"
-            )
-        if kind not in _ROPE_TYPES:
-            raise ModelError(
-                f"the torch engine does not compute rope_type {kind!r}: it knows {', '.join(sorted(_ROPE_TYPES))}"
-            )
-
-
-def _rope_parameters(config: PretrainedConfig) -> list[dict[str, object]]:
-    """One dictionary for all layers, or one for each layer type."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in rope.values() if isinstance(value, dict)]
-    return nested or [rope]
-
-
 def _build(config: PretrainedConfig, dtype: torch.dtype) -> torch.nn.Module:
     try:
         with torch.device("meta"):
             model: torch.nn.Module = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attention.NAME, trust_remote_code=False
             )
-    except Exception as error:  # see _parse
+    except Exception as error:  # see read_config
         raise ModelError(f"no model can be built from config.json: {error}") from error
     _keep_in_float32(model, dtype)
     return model
@@ -225,10 +210,13 @@ def _cut(sliced: SlicedModel, tied: bool) -> None:
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = index
+    shared.refuse_parted(body.layers.modules())
     types = getattr(model.config, "layer_types", None)
     if types:
         model.config.layer_types = list(types)[layers.first : layers.last]
-    model.config.num_hidden_layers = len(layers)
+    sliced.cut_inputs()
+    if not takes_inputs(model):  # what makes these counts all layers
+        model.config.num_hidden_layers = len(layers)
     if not sliced.is_first:
         body.embed_tokens = None
     if not sliced.is_last:

@@ -22,7 +22,7 @@ from cluster.errors import ModelError
 from cluster.models.checkpoint import StoredTensor
 from cluster.models.layout import Embedding, part_of
 from cluster.quantities import MIB
-from node.engine import LoadProgress, Progress
+from node.engine import LoadProgress, Progress, StageSpec
 from node.engines.torch.slicing import SlicedModel, stored_tensors
 from node.engines.torch.tensors import TORCH_DTYPES, bytes_of
 
@@ -51,7 +51,7 @@ class _Place:
 
 
 def load_weights(
-    sliced: SlicedModel, folder: Path, tensors: Sequence[StoredTensor], device: torch.device, progress: Progress
+    sliced: SlicedModel, spec: StageSpec, tensors: Sequence[StoredTensor], device: torch.device, progress: Progress
 ) -> int:
     """Give every parameter memory on `device` and its values from `tensors`; returns the bytes they take."""
     meta = dict(stored_tensors(sliced.model))
@@ -62,8 +62,9 @@ def load_weights(
     done_bytes, total_bytes = 0, sum(tensor.size_bytes for tensor in tensors)
     progress(LoadProgress(done_bytes, total_bytes))
     buffer = torch.empty(_READ_BYTES, dtype=torch.uint8)
-    for place in places:
-        for count in _fill(place.region(parameters[place.parameter]), place.tensor, folder, buffer):
+    for place in sorted(places, key=lambda place: (place.tensor.file, place.tensor.begin)):  # as they arrive
+        spec.await_tensors((place.tensor.name,))
+        for count in _fill(place.region(parameters[place.parameter]), place.tensor, spec.folder, buffer):
             done_bytes += count
             progress(LoadProgress(done_bytes, total_bytes))
     return sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
