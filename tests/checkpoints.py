@@ -32,10 +32,7 @@ MORE_FAMILIES = (
 )
 """Each adds a mechanism or a naming; shorter tests run on these."""
 
-TORCH_FAMILIES = ("qwen3_5_moe",)
-"""What only the torch engine computes so far."""
-
-STATE_FAMILIES = ("qwen3_next", "qwen3_5", "lfm2")
+STATE_FAMILIES = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "lfm2")
 """These keep a state of fixed size in most layers, so a sequence cannot be cut back."""
 
 _NAMES = {

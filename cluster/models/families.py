@@ -14,7 +14,6 @@ from cluster.models.layout import sharing_layers
 from cluster.types import Backend
 
 _BOTH = frozenset(Backend)
-_TORCH = frozenset({Backend.TORCH})
 
 _NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 _QK_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
@@ -145,7 +144,7 @@ _FAMILIES = {
         Family(
             "qwen3_5_moe_text",
             "Qwen3.5 MoE (text)",
-            _TORCH,
+            _BOTH,
             _NORMS,
             attention_norms=_QK_NORMS,
             router="mlp.gate.weight",

@@ -73,8 +73,8 @@ def _as_mlx_lm_reads_it(folder: Path) -> dict[str, object]:
         words["partial_rotary_factor"] = rope["partial_rotary_factor"]
     if "linear_attention" in config.get("layer_types", ()):
         words["full_attention_interval"] = config["layer_types"].index("full_attention") + 1
-    if config["model_type"] == "qwen3_5_text":
-        words["model_type"] = "qwen3_5"
+    if config["model_type"] in ("qwen3_5_text", "qwen3_5_moe_text"):
+        words["model_type"] = config["model_type"].removesuffix("_text")
     if config["model_type"] == "lfm2":
         words["block_dim"] = config["hidden_size"]
     if "per_layer_config" in config:
@@ -92,9 +92,12 @@ def _as_mlx_lm_reads_it(folder: Path) -> dict[str, object]:
 
 @cache
 def as_mlx_lm_stores_it(folder: Path) -> Path:
-    """The same folder, or for gpt-oss another: mlx-lm reads transformers' files of it only when they are packed.
-    There, experts are [in, out] with gate and up in turns; here they are [out, in] and apart."""
+    """The same folder, or for gpt-oss another: mlx-lm reads transformers' files of it only when they are packed; or for
+    Qwen3.5 with experts, which it reads only as it was published. transformers' files of gpt-oss have experts as
+    [in, out] with gate and up in turns; here they are [out, in] and apart."""
     config = json.loads((folder / "config.json").read_text())
+    if config["model_type"] == "qwen3_5_moe_text":
+        return experts_in_stacks(folder)
     if config["model_type"] != "gpt_oss" or "quantization" in config:
         return folder
     weights: Any = mx.load(str(folder / "model.safetensors"))
@@ -113,4 +116,27 @@ def as_mlx_lm_stores_it(folder: Path) -> Path:
     target.mkdir()
     mx.save_safetensors(str(target / "model.safetensors"), stored, {"format": "mlx"})
     (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+@cache
+def experts_in_stacks(folder: Path) -> Path:
+    """A copy with all of a layer's experts in two tensors, as Qwen3.5 was published; transformers saves each alone."""
+    weights: Any = mx.load(str(folder / "model.safetensors"))
+    layers = {name.partition("experts.")[0] for name in weights if ".experts." in name}
+    stored = {name: array for name, array in weights.items() if ".experts." not in name}
+    for layer in layers:
+        count = len([name for name in weights if name.startswith(f"{layer}experts.") and "down_proj" in name])
+        gate, up, down = (
+            mx.stack([weights[f"{layer}experts.{index}.{part}_proj.weight"] for index in range(count)])
+            for part in ("gate", "up", "down")
+        )
+        stored |= {
+            f"{layer}experts.gate_up_proj": mx.concatenate([gate, up], axis=1),
+            f"{layer}experts.down_proj": down,
+        }
+    target = folder.with_name(f"{folder.name}_stacks")
+    target.mkdir()
+    mx.save_safetensors(str(target / "model.safetensors"), stored, {"format": "mlx"})
+    (target / "config.json").write_text((folder / "config.json").read_text())
     return target

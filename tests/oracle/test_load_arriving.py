@@ -19,7 +19,7 @@ from cluster.models.layout import owned_tensors
 from cluster.types import Backend
 from node.engine import Engine, StageSpec, everything_is_here
 from node.engines.registry import create_engine
-from tests.checkpoints import FAMILIES, MORE_FAMILIES, STATE_FAMILIES, TORCH_FAMILIES
+from tests.checkpoints import FAMILIES, MORE_FAMILIES, STATE_FAMILIES
 from tests.integration.live import has_backend
 from tests.oracle.pipelines import Vector, close_pipeline, load_pipeline, run_prefill, stage_specs
 from tests.oracle.reference import random_prompt
@@ -29,7 +29,7 @@ Checkpoints = Callable[[str], Path]
 _PROMPT = random_prompt(24, seed=5)
 
 _BOTH = (*FAMILIES, *MORE_FAMILIES, *STATE_FAMILIES)
-_CASES = [(Backend.TORCH, family) for family in (*_BOTH, *TORCH_FAMILIES)]
+_CASES = [(Backend.TORCH, family) for family in _BOTH]
 _CASES += [(Backend.MLX, family) for family in _BOTH] if has_backend("mlx") else []
 
 

@@ -13,6 +13,7 @@ from node.engines.mlx.engine import MlxEngine
 from node.engines.torch.engine import TorchEngine
 from tests.checkpoints import MORE_FAMILIES, make_checkpoint
 from tests.oracle.conftest import TOLERANCE
+from tests.oracle.mlx_reference import experts_in_stacks
 from tests.oracle.pipelines import greedy, load_pipeline, ragged, stage_specs
 from tests.oracle.reference import LAST_TOKENS, Reference, WholeModel, decisive_reference
 from tests.oracle.test_mixed import MIXED, MLX_TORCH, TORCH_MLX, Makers, assert_equal, pipeline
@@ -43,7 +44,7 @@ def test_rows_of_a_ragged_batch_do_not_see_each_other(
 
 
 @pytest.mark.parametrize("makers", MIXED[:2])
-@pytest.mark.parametrize("family", ["lfm2", "qwen3_next", "qwen3_5"])
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_next", "qwen3_5", "qwen3_5_moe"])
 def test_states_stay_on_the_stage_that_keeps_them(
     family: str, makers: Makers, checkpoint: Checkpoints, reference: Callable[..., Reference]
 ) -> None:
@@ -52,6 +53,15 @@ def test_states_stay_on_the_stage_that_keeps_them(
     found = ragged(pipeline(makers, checkpoint(family)), [answer.prompt for answer in expected], LAST_TOKENS)
     for (ids, logits), answer in zip(found, expected, strict=True):
         assert_equal(ids, logits, answer)
+
+
+@pytest.mark.parametrize("makers", MIXED[:2])
+def test_experts_in_stacks_mean_the_same_as_experts_alone(
+    makers: Makers, checkpoint: Checkpoints, reference: Callable[..., Reference]
+) -> None:
+    expected = reference("qwen3_5_moe")
+    engines = pipeline(makers, experts_in_stacks(checkpoint("qwen3_5_moe")))
+    assert_equal(*greedy(engines, expected.prompt, 4), expected)
 
 
 @pytest.mark.parametrize("what", ["windows everywhere", "short factors"])

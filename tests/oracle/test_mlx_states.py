@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from cluster.errors import ModelError
 from cluster.models.checkpoint import Checkpoint
 from cluster.types import SequenceId
 from node.engine import Rewind
-from node.engines.mlx import weights
+from node.engines.mlx import experts, weights
 from node.engines.mlx.arguments import read_arguments
 from node.engines.mlx.cache import KvCache
 from node.engines.mlx.positions import StateCache
@@ -26,7 +27,7 @@ from tests.oracle.reference import random_prompt
 from tests.oracle.test_mlx_engine import CUTS, assert_equal, assert_ragged_batch_equal, mlx_pipeline
 
 Checkpoints = Callable[[str], Path]
-FAMILIES = ("lfm2", "qwen3_next", "qwen3_5")
+FAMILIES = ("lfm2", "qwen3_next", "qwen3_5", "qwen3_5_moe")
 ONE, TWO, THREE = SequenceId(1), SequenceId(2), SequenceId(3)
 
 
@@ -150,6 +151,32 @@ def test_a_slice_that_cannot_tell_how_norms_are_stored_fails_the_check(
         assert_equal(*greedy(engines, expected.prompt, len(expected.ids)), expected)
 
 
+def test_gates_taken_for_the_other_half_of_an_expert_fail_the_check(
+    checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = mlx_reference(checkpoint("qwen3_5_moe"))
+    in_stacks = experts.in_stacks
+
+    def swapped(*args: Any) -> dict[str, mx.array]:
+        halves = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
+        pattern = re.compile(r"(?<=switch_mlp\.)(gate_proj|up_proj)")
+        return {pattern.sub(lambda match: halves[match[0]], name): array for name, array in in_stacks(*args).items()}
+
+    monkeypatch.setattr(weights, "in_stacks", swapped)
+    engines = mlx_pipeline(checkpoint("qwen3_5_moe"))
+    with pytest.raises(AssertionError):
+        assert_equal(*greedy(engines, expected.prompt, len(expected.ids)), expected)
+
+
+@pytest.mark.parametrize("lost", [0, 3])
+def test_experts_with_one_missing_are_refused(lost: int) -> None:
+    stacks = experts.Stacks("mlp.experts.", "mlp.switch_mlp.")
+    found = {f"model.layers.0.mlp.experts.{index}.up_proj.weight": mx.zeros((2, 2)) for index in range(5)}
+    del found[f"model.layers.0.mlp.experts.{lost}.up_proj.weight"]
+    with pytest.raises(ModelError, match="some of its experts are missing"):
+        experts.in_stacks(found, stacks)
+
+
 SIZES = {
     "num_hidden_layers": 6,
     "hidden_size": 64,
@@ -171,6 +198,7 @@ NEXT = {**EXPERTS, **HEADS, "linear_key_head_dim": 16, "linear_value_head_dim": 
         ("lfm2", {"layer_types": ["conv", "mamba"] * 3}, "conv"),
         ("lfm2", {"layer_types": ["conv", "full_attention"] * 3, "block_ff_dim": 99}, "block_ff_dim is 99"),
         ("qwen3_next", {**NEXT, "mlp_only_layers": [1]}, "mlp_only_layers"),
+        ("qwen3_5_moe_text", {**NEXT, "norm_topk_prob": False}, "norm_topk_prob"),
         ("qwen3_next", {**NEXT, "layer_types": ["full_attention", "linear_attention"] * 3}, "regularly"),
         ("qwen3_next", {**NEXT, "rope_scaling": {"type": "yarn", "factor": 2.0}}, "yarn"),
     ],

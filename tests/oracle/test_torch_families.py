@@ -21,13 +21,13 @@ from node.engines.torch import attention, latent, shared
 from node.engines.torch.inputs import InputMaker
 from node.engines.torch.kv import SequenceCache
 from node.engines.torch.slicing import SlicedModel
-from tests.checkpoints import MORE_FAMILIES, STATE_FAMILIES, TORCH_FAMILIES, make_checkpoint
+from tests.checkpoints import MORE_FAMILIES, STATE_FAMILIES, make_checkpoint
 from tests.oracle.conftest import TOLERANCE
 from tests.oracle.pipelines import greedy, ragged, row, run_prefill, run_step
 from tests.oracle.reference import WholeModel, random_prompt
 from tests.oracle.test_torch_engine import Checkpoints, References, assert_equal, torch_pipeline
 
-ALL = (*MORE_FAMILIES, *STATE_FAMILIES, *TORCH_FAMILIES)
+ALL = (*MORE_FAMILIES, *STATE_FAMILIES)
 
 
 @pytest.mark.parametrize("cuts", [(), (3,), (2, 4)])

@@ -197,7 +197,7 @@ def test_a_missing_expert_is_named(checkpoint: Checkpoints, tmp_path: Path) -> N
         ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "MLX"),
         ("llama", {"quantization": {"bits": 4, "group_size": 64}}, "MLX"),
         ("llama", {"num_hidden_layers": 7}, "7"),
-        ("llama", {"hidden_size": 72}, "config.json says 72"),
+        ("llama", {"hidden_size": 72}, r"config.json says \[\(72,\)\]"),
         ("llama", {"hidden_size": "wide"}, "config.json is damaged"),
         ("llama", {"hidden_act": "selu5"}, "no model can be built"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),

@@ -9,6 +9,8 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from node.engines.mlx.experts import Stacks
+
 
 class Rotations(enum.Enum):
     """Where a configuration states how positions rotate queries and keys, and in whose words mlx-lm wants it."""
@@ -66,6 +68,7 @@ class MlxFamily:
     returned: int = 0  # what its layers return beside hidden states
     groups_scores: bool = False  # scores are [rows, key heads, group, tokens, positions] when heads share keys
     transposed: tuple[str, ...] = ()  # matrices that transformers stores [in, out], within a layer, and no `.weight`
+    stacks: Stacks | None = None  # experts that mlx-lm would not put in order itself
     raised: tuple[str, ...] = ()  # vectors of which only differences count, and that must not be negative
 
 
@@ -247,6 +250,27 @@ MLX_FAMILIES: Mapping[str, MlxFamily] = {
         rotated=0.25,
         states=States.PERIOD,
         seeing_all=4,
+    ),
+    # For mlx-lm the same with experts in every layer, whose weights always add up to one.
+    "qwen3_5_moe_text": MlxFamily(
+        "qwen3_5",
+        _PLAIN,
+        10_000.0,
+        {**_SILU, **_UNBIASED, "norm_topk_prob": True},
+        {
+            **_DELTA_RULE,
+            "moe_intermediate_size": 512,
+            "num_experts_per_tok": 8,
+            "shared_expert_intermediate_size": 512,
+        },
+        classes=("TextModel", "TextModelArgs"),
+        witness="linear_attn.conv1d.weight",
+        nests_rotation=True,
+        rotations=Rotations.PARTIAL,
+        rotated=0.25,
+        states=States.PERIOD,
+        seeing_all=4,
+        stacks=Stacks("mlp.experts.", "mlp.switch_mlp."),
     ),
     "lfm2": MlxFamily(
         "lfm2",

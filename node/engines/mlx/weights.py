@@ -24,6 +24,7 @@ from cluster.models.quantising import GROUP
 from cluster.types import DType
 from node.engine import AwaitTensors, LoadProgress, Progress, StageSpec
 from node.engines.mlx.arguments import Arguments
+from node.engines.mlx.experts import in_stacks
 from node.engines.mlx.families import MlxFamily
 from node.engines.mlx.quantising import pack_rows, unpack_rows
 from node.engines.mlx.slicing import SlicedModel, build_model
@@ -93,7 +94,7 @@ def _in_order_of_mlx(lazy: Mapping[str, mx.array], family: MlxFamily) -> dict[st
             ordered[name] = wide - mx.minimum(wide.min(), 0)
         else:
             ordered[name] = array
-    return ordered
+    return ordered if family.stacks is None else in_stacks(ordered, family.stacks)
 
 
 def _witness(checkpoint: Checkpoint, family: MlxFamily, lazy: Mapping[str, mx.array]) -> dict[str, mx.array]:
