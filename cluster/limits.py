@@ -33,6 +33,10 @@ STEP_ROWS_MAX: Final = 256
 STEP_VERBS_MAX: Final = 1024
 """Cache verbs in one step: a burst of cancels drops every sequence at once."""
 
+SEQUENCES_PER_USER: Final = 2
+"""Live sequences for each promised context, where every sequence has a cost of its own however short it is (a window,
+a state): a chat and something small beside it. More of them would be promised memory that long ones then lack."""
+
 SEQUENCES_MAX: Final = 256
 """Live sequences in a deployment, bounding the nodes' bookkeeping."""
 

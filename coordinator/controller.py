@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from cluster.errors import LoadFailed, NodeLost, PotluckError
 from cluster.limits import FIRST_STEP_TIMEOUT_S
 from cluster.nodes import NodeFacts
-from cluster.placement import Ask
+from cluster.placement import Ask, sequences_max
 from cluster.plan import Fence, Plan
 from cluster.transport import Credentials
 from cluster.types import DeploymentId, Epoch, HostId, NodeId
@@ -149,7 +149,8 @@ class Controller:
         folder = str(self._model.resolved.folder.resolve())
         source = Source(self._model.manifest.id, folder, self._port, facts.vocab_size, facts.bits)
         pipeline = await install(plan, fence, self._roster.members, source, self._credentials, self._tell)
-        serving = Serving(pipeline, Room(len(plan.stages), plan.kv_tokens, plan.context_tokens))
+        sequences = sequences_max(facts, plan.context_tokens, plan.users)
+        serving = Serving(pipeline, Room(len(plan.stages), plan.kv_tokens, plan.context_tokens, sequences))
         self.serving = serving
         self._service.begin(serving)
         work = (serving.run(), self._until_lost(plan), self._prove())

@@ -51,6 +51,7 @@ class Room:
     stages: int
     kv_tokens: int
     context_tokens: int
+    sequences: int = SEQUENCES_MAX  # live at once, whatever their length
 
 
 class Scheduler:
@@ -118,7 +119,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         """First come, first served: a large request at the head is not overtaken, so it cannot starve."""
-        while self._waiting and len(self._running) < SEQUENCES_MAX:
+        while self._waiting and len(self._running) < self._room.sequences:
             need = self._waiting[0].worst_case_tokens
             if self._reserved + need > self._room.kv_tokens:
                 return

@@ -6,7 +6,6 @@ sockets or sampling. Calls come from one thread at a time.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +14,12 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from cluster.rewinding import Rewind
 from cluster.steps import Boundary, Row
 from cluster.types import Backend, LayerRange, SequenceId, TensorSpec
 
 Logits = npt.NDArray[np.float32]
 """[rows that draw, vocabulary], in the order of those rows; final soft-caps applied, nothing else."""
-
-
-class Rewind(enum.StrEnum):
-    """Where a sequence can be cut back to."""
-
-    EXACT = "exact"  # any position
-    NONE = "none"  # only to nothing at all
 
 
 AwaitTensors = Callable[[Iterable[str]], None]
@@ -96,7 +89,9 @@ class Engine(Protocol):
     def backend(self) -> Backend: ...
 
     @property
-    def rewind(self) -> Rewind: ...
+    def rewind(self) -> Rewind:
+        """Where sequences can be cut back to: the same on every stage of a model, whatever its layers are."""
+        ...
 
     def load(self, spec: StageSpec, progress: Progress) -> None:
         """Load the slice. Raises ModelError when a tensor is missing, damaged or of the wrong shape, or when
@@ -112,11 +107,12 @@ class Engine(Protocol):
         ...
 
     def fork(self, src: SequenceId, dst: SequenceId, length: int) -> int:
-        """Begin `dst` as the first `length` positions of `src`; returns the length honoured."""
+        """Begin `dst` as the first `length` positions of `src`, or as many of these as `rewind` allows; returns how
+        many. The caller computes the rest."""
         ...
 
     def trim(self, seq: SequenceId, length: int) -> int:
-        """Cut `seq` back; returns the length honoured."""
+        """Cut `seq` back to `length`, or to as many of these positions as `rewind` allows; returns how many."""
         ...
 
     def drop(self, seq: SequenceId) -> None:

@@ -4,6 +4,7 @@ matters is how they compare, and small numbers read better in a failure."""
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 
 from cluster.models.facts import LayerFacts, ModelFacts
@@ -50,8 +51,10 @@ def model(
     backends: frozenset[Backend] = frozenset(Backend),
     cuts: frozenset[int] | None = None,
     formats: frozenset[Format] = UNPACKED,
+    forgetting: Sequence[tuple[int, int | None] | tuple[()]] | None = None,
 ) -> ModelFacts:
-    """A model whose layers take `layer_bytes`; `ends` are embedding, head and norm."""
+    """A model whose layers take `layer_bytes`; `ends` are embedding, head and norm. `forgetting` layers have a state of
+    so many bytes, or keep so many positions."""
     count = len(layer_bytes)
     return ModelFacts(
         architecture="PaperForCausalLM",
@@ -65,8 +68,10 @@ def model(
         quantization=None,
         backends=backends,
         layers=tuple(
-            LayerFacts(dict.fromkeys(backends, size), read, kv)
-            for size, read in zip(layer_bytes, streamed or layer_bytes, strict=True)
+            LayerFacts(dict.fromkeys(backends, size), read, kv, *forgets)
+            for size, read, forgets in zip(
+                layer_bytes, streamed or layer_bytes, forgetting or [()] * count, strict=True
+            )
         ),
         embedding_bytes=ends[0],
         head_bytes=ends[0] if tied else ends[1],
@@ -95,6 +100,7 @@ def random_model(rng: random.Random, layers_max: int, *, context: int = 8) -> Mo
         context=context,
         tied=rng.random() < 0.3,
         backends=frozenset(Backend) if rng.random() < 0.8 else frozenset({Backend.MLX}),
+        forgetting=[rng.choice([(), (0, rng.randint(1, 8)), (rng.randint(1, 40), None)]) for _ in range(count)],
         cuts=None if rng.random() < 0.7 else frozenset({0, *(cut for cut in range(count) if rng.random() < 0.6)}),
     )
 

@@ -207,7 +207,7 @@ def _notes(checkpoint: Checkpoint, subject: Subject, tokens: int) -> tuple[str, 
     notes = []
     family, config = family_of(checkpoint.config, str(checkpoint.folder))
     window = config.get("sliding_window")
-    if family.has_windows and isinstance(window, int) and tokens <= window:
+    if family.windows and isinstance(window, int) and tokens <= window:
         notes.append(f"{tokens} tokens lie within the sliding window of {window}; --tokens {window * 3 // 2} passes it")
     if subject.routed and subject.facts.dtype is not DType.F32:
         notes.append("errors are the median token's: in 16 bits a router may choose another expert for a few tokens")

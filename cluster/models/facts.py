@@ -7,7 +7,7 @@ refusal of checkpoints whose files and configuration disagree. Reads no weights 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from cluster.errors import ModelError
@@ -21,6 +21,7 @@ from cluster.models.matrices import Matrix, read_matrices
 from cluster.models.parts import Parts, bytes_of, check_ends, check_inputs, leave_out_extra, most_bytes_of
 from cluster.models.quantising import GROUP, bits_to_pack
 from cluster.models.shape import Shape, read_shape
+from cluster.models.windows import kept_positions
 from cluster.types import Backend, DType, Format, TensorSpec
 
 _COMPUTE_DTYPES = frozenset({DType.F32, DType.BF16, DType.F16})
@@ -34,6 +35,7 @@ class LayerFacts:
     streamed_bytes: int  # weights read for one token: of the experts only those that it uses
     kv_bytes_per_token: int
     state_bytes: int = 0  # for each sequence, however long it is
+    kv_tokens_max: int | None = None  # positions kept of a sequence where the layer looks back a window; None: all
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,8 @@ def read_facts(checkpoint: Checkpoint, bits: int | None = None) -> ModelFacts:
         quantization=Quantization(Packing.AFFINE, bits, GROUP) if bits else quantization,
         backends=backends,
         layers=tuple(
-            _layer_facts(parts.layers[index], shape, family, dtype, backends) for index in range(shape.layer_count)
+            replace(_layer_facts(parts.layers[index], shape, family, dtype, backends), kv_tokens_max=tokens)
+            for index, tokens in enumerate(kept_positions(family, config, shape.layer_count, where))
         ),
         embedding_bytes=embedding_bytes,
         head_bytes=embedding_bytes if tied else most_bytes_of(parts.head, backends, dtype),
@@ -223,7 +226,6 @@ def _layer_facts(
     return LayerFacts(
         resident_bytes=bytes_of(tensors, backends, dtype),
         streamed_bytes=stored - experts + used,
-        # In full for layers with a sliding window too: the engines keep every position for now.
         kv_bytes_per_token=0 if state_bytes else cache_width * dtype.size_bytes,
         state_bytes=state_bytes,
     )

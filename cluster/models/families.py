@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from cluster.errors import ModelError
-from cluster.models.family import Attention, Family, States
+from cluster.models.family import Attention, Family, States, Windows
 from cluster.models.layout import sharing_layers
 from cluster.types import Backend
 
@@ -47,15 +47,15 @@ _FAMILIES = {
             _BOTH,
             _NORMS + _QK_NORMS + _AROUND_MLP_NORMS,
             head_dim=256,
-            has_windows=True,
+            windows=Windows(4096, seeing_all=6, seeing_all_setting="sliding_window_pattern"),
             refused=_GEMMA3_REFUSED,
             defaults=_GEMMA3_DEFAULTS,
         ),
         # Windows are for all layers or, since version 0.2, for none.
-        Family("mistral", "Mistral", _BOTH, _NORMS, has_windows=True),
+        Family("mistral", "Mistral", _BOTH, _NORMS, windows=Windows(4096)),
         Family("qwen2", "Qwen2", _BOTH, _NORMS),
         Family("olmo2", "OLMo 2", _BOTH, _AFTER_NORMS + _QK_NORMS),
-        Family("olmo3", "OLMo 3", _BOTH, _AFTER_NORMS + _QK_NORMS, has_windows=True),
+        Family("olmo3", "OLMo 3", _BOTH, _AFTER_NORMS + _QK_NORMS, windows=Windows(4096, seeing_all=4)),
         # Queries, keys and values are one matrix, gate and up another.
         Family(
             "phi3",
@@ -64,7 +64,7 @@ _FAMILIES = {
             _NORMS,
             attention=Attention.FUSED,
             dense_mlp=("mlp.gate_up_proj.weight", "mlp.down_proj.weight"),
-            has_windows=True,
+            windows=Windows(),
         ),
         Family(
             "gemma2",
@@ -72,7 +72,7 @@ _FAMILIES = {
             _BOTH,
             _NORMS + _AROUND_MLP_NORMS,
             head_dim=256,
-            has_windows=True,
+            windows=Windows(4096, seeing_all=2),
             writes_scores=True,
             refused=("use_bidirectional_attention",),
         ),
@@ -86,7 +86,7 @@ _FAMILIES = {
             transposed=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
             expert_width="intermediate_size",
             head_dim=64,
-            has_windows=True,
+            windows=Windows(128, seeing_all=2),
             writes_scores=True,
         ),
         # The first layers are dense. Behind the last one lies a layer that predicts a token further.
@@ -111,7 +111,7 @@ _FAMILIES = {
             router="router.proj.weight",
             experts_switch="enable_moe_block",
             head_dim=256,
-            has_windows=True,
+            windows=Windows(512, seeing_all=6),
             ends_seeing_all=True,
             shares_keys=True,
             input_width="hidden_size_per_layer_input",
@@ -240,10 +240,10 @@ def _refuse_settings(family: Family, config: Mapping[str, object], where: str) -
     if family.ends_seeing_all and not (isinstance(kinds, list) and kinds and kinds[-1] == "full_attention"):
         raise ModelError(f"{where}: expected layer_types with full_attention as the last, found {kinds!r:.80}")
     allowed = {"full_attention"}
-    allowed |= {"sliding_attention"} if family.has_windows else set()
+    allowed |= {"sliding_attention"} if family.windows else set()
     allowed |= {"conv", "linear_attention"} if family.states else set()
     unknown = sorted({str(kind) for kind in kinds} - allowed) if isinstance(kinds, list) else ["?"]
-    if unknown or (config.get("use_sliding_window") and not family.has_windows):
+    if unknown or (config.get("use_sliding_window") and not family.windows):
         found = ", ".join(unknown) or "sliding_attention"
         raise ModelError(
             f"{where}: expected {family.title} layers of kind {' or '.join(sorted(allowed))}, found {found}; "

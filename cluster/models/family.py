@@ -41,6 +41,15 @@ class States:
 
 
 @dataclass(frozen=True, slots=True)
+class Windows:
+    """Layers that attend only to the last `sliding_window` positions, as transformers understands silence."""
+
+    silent: int | None = None  # the window of a configuration that mentions none; None: no layer has one then
+    seeing_all: int = 0  # every so many layers one attends to everything, where no list says so; 0: none does
+    seeing_all_setting: str | None = None  # which states another period
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """What holds for every model of one `model_type`."""
 
@@ -55,7 +64,7 @@ class Family:
     experts_switch: str | None = None  # the setting without which a model of this family has no experts
     expert_width: str = "moe_intermediate_size"  # the setting for the inner size of one expert
     head_dim: int | None = None  # when the configuration is silent; None: hidden size / heads
-    has_windows: bool = False  # some layers attend only to the last `sliding_window` positions
+    windows: Windows | None = None
     ends_seeing_all: bool = False  # the last layer has no window, whatever the configuration says
     writes_scores: bool = False  # soft-caps or sinks: no fused attention computes them, so scores take memory
     states: States | None = None

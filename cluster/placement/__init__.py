@@ -5,8 +5,8 @@ random number: the same nodes give the same plan in whatever order they are list
 """
 
 from cluster.placement.ask import Ask
-from cluster.placement.costs import StageCost, stage_cost
+from cluster.placement.costs import StageCost, sequences_max, stage_cost
 from cluster.placement.explain import RoughFit, StageRow, describe, rough_fits
 from cluster.placement.planner import place
 
-__all__ = ["Ask", "RoughFit", "StageCost", "StageRow", "describe", "place", "rough_fits", "stage_cost"]
+__all__ = ["Ask", "RoughFit", "StageCost", "StageRow", "describe", "place", "rough_fits", "sequences_max", "stage_cost"]

@@ -14,8 +14,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from cluster.limits import STEP_ROWS_MAX, STEP_TOKENS_MAX
+from cluster.limits import SEQUENCES_MAX, SEQUENCES_PER_USER, STEP_ROWS_MAX, STEP_TOKENS_MAX
 from cluster.models.facts import LayerFacts, ModelFacts
+from cluster.rewinding import SNAPSHOT_TOKENS, SNAPSHOTS_MAX
 from cluster.types import Backend, LayerRange
 
 Matrix = npt.NDArray[np.int64]
@@ -57,14 +58,45 @@ def stage_cost(facts: ModelFacts, layers: LayerRange, backend: Backend, *, conte
     streamed_bytes = sum(min(layer.streamed_bytes, _LARGEST) for layer in owned)
     streamed_bytes += facts.norm_bytes + facts.head_bytes if is_last else 0
     streamed_bytes += facts.inputs_streamed_bytes if is_first else 0
-    kv_bytes = sum(min(_kept_bytes(layer, context) * users, _LARGEST) for layer in owned)
+    kv_bytes = sum(min(_kept_bytes(layer, context, users), _LARGEST) for layer in owned)
     workspace_bytes = activation_bytes(facts, is_last, context=context, users=users) + kv_bytes // _KV_AHEAD
+    workspace_bytes += sum(min(_made_bytes(layer, context, users), _LARGEST) for layer in owned)
     return StageCost(weight_bytes, kv_bytes, workspace_bytes, streamed_bytes)
 
 
-def _kept_bytes(layer: LayerFacts, context: int) -> int:
-    """Of one sequence in one layer. States exist twice while a step makes the next ones."""
-    return layer.kv_bytes_per_token * context + 2 * layer.state_bytes
+def sequences_max(facts: ModelFacts, context: int, users: int) -> int:
+    """How many sequences may live at once where `context` tokens are promised to each of `users`: any number, as long
+    as they cost what their tokens cost."""
+    sequences = _sequences(users)
+    forgets = any(
+        layer.state_bytes or (layer.kv_tokens_max is not None and sequences * layer.kv_tokens_max < context * users)
+        for layer in facts.layers
+    )
+    return sequences if forgets else SEQUENCES_MAX
+
+
+def _sequences(users: int) -> int:
+    """Live sequences for which memory is promised where each has a cost of its own."""
+    return min(SEQUENCES_MAX, SEQUENCES_PER_USER * users)
+
+
+def _kept_bytes(layer: LayerFacts, context: int, users: int) -> int:
+    """Of all sequences in one layer, at the worst: as many as there may be, as long together as was promised. A state
+    is there once for now, and once for each snapshot."""
+    sequences, tokens = _sequences(users), context * users
+    states = sequences + min(sequences * SNAPSHOTS_MAX, tokens // SNAPSHOT_TOKENS)
+    if layer.kv_tokens_max is not None:
+        tokens = min(tokens, sequences * layer.kv_tokens_max)
+    return layer.kv_bytes_per_token * tokens + layer.state_bytes * states
+
+
+def _made_bytes(layer: LayerFacts, context: int, users: int) -> int:
+    """What a step makes in one layer beside what is kept: the next states, and new positions that a window will have
+    left behind at the end of the step."""
+    made = layer.state_bytes * _sequences(users)
+    if layer.kv_tokens_max is not None and layer.kv_tokens_max < context:
+        made += layer.kv_bytes_per_token * min(STEP_TOKENS_MAX, context * users)
+    return made
 
 
 def _ends_bytes(facts: ModelFacts, is_first: bool, is_last: bool) -> int:
@@ -126,8 +158,9 @@ class CostTable:
             weights[0, -1] += _ends_bytes(self.facts, True, True) - (
                 _ends_bytes(self.facts, True, False) + _ends_bytes(self.facts, False, True)
             )
-            kv = self._spans([_kept_bytes(layer, self.context) * self.users for layer in self.facts.layers])
-            total = weights + kv + kv // _KV_AHEAD + self.stage_base_bytes
+            kv = self._spans([_kept_bytes(layer, self.context, self.users) for layer in self.facts.layers])
+            made = self._spans([_made_bytes(layer, self.context, self.users) for layer in self.facts.layers])
+            total = weights + kv + kv // _KV_AHEAD + made + self.stage_base_bytes
             total[:, -1] += (
                 activation_bytes(self.facts, True, context=self.context, users=self.users) - self.stage_base_bytes
             )

@@ -156,6 +156,7 @@ def in_fewer_bits(facts: ModelFacts, bits: int) -> ModelFacts:
                 shrink(layer.streamed_bytes),
                 layer.kv_bytes_per_token,
                 layer.state_bytes,
+                layer.kv_tokens_max,
             )
             for layer in facts.layers
         ),

@@ -179,9 +179,9 @@ def _position_off_by_one(monkeypatch: pytest.MonkeyPatch, engines: list[Engine])
 
 
 def _lost_window(monkeypatch: pytest.MonkeyPatch, engines: list[Engine]) -> None:
-    mask = Positions.mask
+    mask = Positions._mask
     monkeypatch.setattr(Positions, "oldest", lambda self, window: 0)
-    monkeypatch.setattr(Positions, "mask", lambda self, window, oldest, as_array: mask(self, None, 0, as_array))
+    monkeypatch.setattr(Positions, "_mask", lambda self, window: mask(self, None))
 
 
 def _swapped_layers(monkeypatch: pytest.MonkeyPatch, engines: list[Engine]) -> None:
@@ -222,8 +222,8 @@ def test_mutants_fail_the_check(
 def _mask_of_the_longest_row(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = Positions._mask
 
-    def same(self: Positions, window: int | None, oldest: int) -> mx.array:
-        return mask(Positions([max(self.starts)] * len(self.starts), self.tokens), window, oldest)
+    def same(self: Positions, window: int | None) -> mx.array:
+        return mask(Positions([max(self.starts)] * len(self.starts), self.tokens, self.capacity), window)
 
     monkeypatch.setattr(Positions, "_mask", same)
 

@@ -150,7 +150,7 @@ def test_a_fork_and_a_cut_continue_as_if_nothing_else_had_happened(family: str, 
 
 
 def _no_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arguments, "_windows", lambda family, config, shape, where: (None,) * shape.layer_count)
+    monkeypatch.setattr(arguments, "read_windows", lambda family, config, layer_count, where: (None,) * layer_count)
 
 
 def _masks_of_rows_on_key_heads(monkeypatch: pytest.MonkeyPatch) -> None:

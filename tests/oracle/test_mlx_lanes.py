@@ -9,7 +9,8 @@ pytest.importorskip("mlx", reason="the MLX engine needs the extra [mlx]")
 import mlx.core as mx
 
 from cluster.types import SequenceId
-from node.engines.mlx.cache import KvCache, KvShape
+from node.engines.mlx.cache import KvCache
+from node.engines.mlx.lane import KvShape
 from node.engines.mlx.positions import LayerCache, Positions
 
 SHAPE = KvShape(heads=2, key_size=64, value_size=64, dtype=mx.float32)
@@ -75,7 +76,7 @@ def test_a_step_writes_into_its_lane_in_place() -> None:
     for starts in ([3000, 2000], [3001, 3001]):
         mx.reset_peak_memory()
         before = mx.get_active_memory()
-        layer = LayerCache(Positions(starts, 1), None, *lane.stored(0))
+        layer = LayerCache(Positions(starts, 1, lane.capacity), None, *lane.stored(0))
         layer.update_and_fetch(new, new)
         lane.store(0, layer.keys, layer.values)
         del layer

@@ -12,7 +12,7 @@ import torch
 from cluster.errors import AtCapacity, RequestError
 from cluster.steps import Row
 from cluster.types import DType, HostTensor, SequenceId
-from node.engine import Engine, Rewind
+from node.engine import Engine
 from node.engines.torch.engine import TorchEngine
 from node.engines.torch.kv import SequenceCache
 from tests.checkpoints import FAMILIES, VOCABULARY
@@ -57,7 +57,7 @@ def test_a_trimmed_sequence_continues_like_a_fresh_one(
 ) -> None:
     prompt, other = random_prompt(30, seed=5), random_prompt(40, seed=6)
     engine = one_stage(checkpoint(family))
-    assert engine.rewind is Rewind.EXACT
+    assert engine.rewind.every is None
     run_prefill([engine], prompt)
     assert engine.trim(A, length) == length
     assert engine.length(A) == length
@@ -185,11 +185,11 @@ def test_a_step_may_have_no_rows_and_no_draws(checkpoint: Checkpoints) -> None:
 
 def test_decoding_seldom_moves_the_cache_and_never_holds_much_more_than_it_needs() -> None:
     """400 decode steps of one layer: an eighth more than used, and few reallocations."""
-    sequence = SequenceCache(layer_count=1, context_tokens=400)
+    sequence = SequenceCache([None], context_tokens=400)
     token = torch.zeros(2, 1, 16)
     places = set()
     for position in range(400):
-        keys, _ = sequence.write(0, position, token, token)
+        keys, _, _ = sequence.write(0, position, token, token)
         places.add(keys.data_ptr())
         assert sequence.allocated_bytes <= 2 * token.nbytes * max((position + 1) * 9 / 8, position + 1 + 32)
     assert len(places) <= 14

@@ -164,8 +164,8 @@ def _stale_kv(monkeypatch: pytest.MonkeyPatch, engines: list[Engine]) -> None:
 
     def late(
         self: SequenceCache, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        old_keys, old_values = self._keys[layer], self._values[layer]
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        old_keys, old_values = self._kept[layer]._keys, self._kept[layer]._values
         if start == 41 and old_keys is not None and old_values is not None:
             keys, values = old_keys[:, 40:41], old_values[:, 40:41]
         return write(self, layer, start, keys, values)

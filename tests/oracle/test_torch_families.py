@@ -146,8 +146,8 @@ def _stale_kv(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def late(
         self: SequenceCache, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        old = self._keys[layer]
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        old = self._kept[layer]._keys
         return write(self, layer, start, old[:, 40:41] if start == 41 and old is not None else keys, values)
 
     monkeypatch.setattr(SequenceCache, "write", late)
@@ -170,7 +170,9 @@ def _frozen_states(monkeypatch: pytest.MonkeyPatch) -> None:
     """One step's states are lost, as if it had not been."""
     commit = SequenceCache.commit
     monkeypatch.setattr(
-        SequenceCache, "commit", lambda self, length, states: commit(self, length, {} if length == 42 else states)
+        SequenceCache,
+        "commit",
+        lambda self, length, states: commit(self, length, self._states if length == 42 else states),
     )
 
 

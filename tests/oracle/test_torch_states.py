@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from node.engine import Rewind
 from node.engines.torch.kv import SequenceCache
 from tests.checkpoints import STATE_FAMILIES
 from tests.oracle.conftest import TOLERANCE
@@ -27,7 +26,7 @@ def test_sequences_with_a_state_are_copied_whole_and_never_cut(
     run_prefill(engines, prompt)
     source, twin, third = (row(seq, 0, ()).seq for seq in (1, 2, 3))
     for engine in engines:
-        assert engine.rewind is Rewind.NONE
+        assert engine.rewind.every is not None
         assert engine.fork(source, third, 29) == 0
         assert engine.fork(source, twin, 30) == 30
     run_step(engines, [row(1, 30, random_prompt(5, seed=9))])

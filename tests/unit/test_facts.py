@@ -11,6 +11,7 @@ from cluster.errors import ModelError
 from cluster.models.checkpoint import open_checkpoint
 from cluster.models.facts import ModelFacts, read_facts
 from cluster.models.formats import Packing, Quantization
+from cluster.rewinding import REWIND_TOKENS
 from cluster.types import Backend, DType, TensorSpec
 from tests.paper_models import (
     EXPERT_INNER,
@@ -76,8 +77,11 @@ def test_a_tied_head_weighs_what_the_embedding_weighs(tmp_path: Path) -> None:
     assert facts.stored_bytes == 3 * facts.layers[0].streamed_bytes + facts.embedding_bytes + facts.norm_bytes
 
 
-def test_layers_with_a_window_keep_their_whole_cache(tmp_path: Path) -> None:
-    facts = read_facts(open_checkpoint(write_paper_model(tmp_path, "gemma3")))
+def test_layers_with_a_window_keep_little_more_than_that(tmp_path: Path) -> None:
+    config = paper_config("gemma3") | {"sliding_window": 32, "layer_types": None, "sliding_window_pattern": 2}
+    facts = facts_of(tmp_path, config, paper_tensors("gemma3"))
+    kept = (32 + REWIND_TOKENS) * 9 // 8
+    assert [layer.kv_tokens_max for layer in facts.layers] == [kept, None, kept]
     assert len({layer.kv_bytes_per_token for layer in facts.layers}) == 1
 
 

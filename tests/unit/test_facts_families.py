@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from cluster.errors import ModelError
+from cluster.limits import SEQUENCES_MAX, SEQUENCES_PER_USER
 from cluster.models import families
 from cluster.models.checkpoint import open_checkpoint
 from cluster.models.facts import ModelFacts, read_facts
 from cluster.models.family import Family
-from cluster.placement import stage_cost
+from cluster.placement import sequences_max, stage_cost
+from cluster.rewinding import REWIND_TOKENS, SNAPSHOT_TOKENS, SNAPSHOTS_MAX
 from cluster.types import Backend, DType, LayerRange
 from tests.paper_models import (
     EXPERT_INNER,
@@ -170,10 +172,26 @@ def test_a_state_costs_the_same_for_every_length(tmp_path: Path) -> None:
     state_bytes = 4 * CHANNELS * KERNEL + 4 * VALUE_HEADS * KEY_SIZE * VALUE_SIZE
     assert (first.kv_bytes_per_token, first.state_bytes) == (0, state_bytes)
     assert (second.kv_bytes_per_token, second.state_bytes) == (2 * KV_HEADS * HEAD_DIM * 4, 0)
-    costs = [
-        stage_cost(facts, LayerRange(0, 1), Backend.TORCH, context=context, users=3).kv_bytes for context in (8, 800)
+    costs = [stage_cost(facts, LayerRange(0, 1), Backend.TORCH, context=context, users=3) for context in (8, 600, 8000)]
+    sequences = 3 * SEQUENCES_PER_USER
+    # With one snapshot for each 256 positions, as long as no sequence has more of them than it may.
+    snapshots = (0, 3 * 600 // SNAPSHOT_TOKENS, sequences * SNAPSHOTS_MAX)
+    assert [cost.kv_bytes for cost in costs] == [(sequences + count) * state_bytes for count in snapshots]
+
+
+def test_the_promise_counts_sequences_where_each_has_a_cost_of_its_own(tmp_path: Path) -> None:
+    """Two short ones keep two windows, or two states, where one long one keeps one."""
+    plain = facts_of(tmp_path / "plain", paper_config("llama"), paper_tensors("llama"))
+    states = facts_of(tmp_path / "states", STATE_CONFIG, STATE_TENSORS)
+    windows = facts_of(tmp_path / "windows", paper_config("gemma3") | {"sliding_window": 8}, paper_tensors("gemma3"))
+    assert [sequences_max(facts, 1000, 3) for facts in (plain, states, windows)] == [SEQUENCES_MAX, 6, 6]
+    assert sequences_max(windows, 100, 3) == SEQUENCES_MAX  # so short that two windows take as much
+    layer = windows.layers[0]
+    kept = [
+        stage_cost(windows, LayerRange(0, 1), Backend.MLX, context=tokens, users=3).kv_bytes for tokens in (100, 1000)
     ]
-    assert costs == [3 * 2 * state_bytes] * 2  # twice, because a step makes the next one
+    assert layer.kv_tokens_max == (8 + REWIND_TOKENS) * 9 // 8
+    assert kept == [layer.kv_bytes_per_token * 300, layer.kv_bytes_per_token * 6 * layer.kv_tokens_max]
 
 
 def test_layers_with_a_state_belong_to_families_that_have_them(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from cluster.errors import AtCapacity, RequestError
-from cluster.limits import QUEUED_REQUESTS_MAX
+from cluster.limits import QUEUED_REQUESTS_MAX, SEQUENCES_MAX
 from cluster.steps import Drawn, Drop, Honoured, Sampling, Step, StepDone, StepFailed, Trim
 from cluster.types import SequenceId
 from coordinator.scheduler import Event, Room, Scheduler, SequenceEnded, SequenceFailed, TokenDrawn
@@ -21,8 +21,10 @@ def ask(number: int, prompt: int = 3, max_tokens: int = 4, **changes: object) ->
     return SequenceAsk(SequenceId(number), tuple(range(10, 10 + prompt)), max_tokens=max_tokens, **values)  # type: ignore[arg-type]
 
 
-def scheduler(stages: int = 1, kv_tokens: int = 1000, context: int = 500, budget: int = 8) -> Scheduler:
-    return Scheduler(Room(stages, kv_tokens, context), budget_tokens=budget)
+def scheduler(
+    stages: int = 1, kv_tokens: int = 1000, context: int = 500, budget: int = 8, sequences: int = SEQUENCES_MAX
+) -> Scheduler:
+    return Scheduler(Room(stages, kv_tokens, context, sequences), budget_tokens=budget)
 
 
 def done(step: Step, token: int = 50) -> StepDone:
@@ -229,3 +231,14 @@ def test_fail_all_ends_everything_once() -> None:
     assert failures(it.fail_all("the pipeline broke")) == [1, 2]
     assert it.complete(done(step)) == []
     assert (it.running, it.waiting, it.in_flight, it.reserved_tokens) == (0, 0, 0, 0)
+
+
+def test_where_sequences_cost_memory_however_short_they_are_no_more_live_than_were_promised() -> None:
+    it = scheduler(sequences=2)
+    it.submit([ask(number, prompt=1) for number in range(3)])
+    step = step_of(it)
+    assert [row.seq for row in step.rows] == [0, 1]
+    it.complete(done(step, token=END))
+    step = step_of(it)
+    assert [row.seq for row in step.rows] == [2]
+    assert {verb.seq for verb in step.verbs if isinstance(verb, Drop)} == {0, 1}

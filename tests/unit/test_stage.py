@@ -10,9 +10,10 @@ import pytest
 
 from cluster.frames import Frame, Outcome
 from cluster.plan import Fence
+from cluster.rewinding import EXACT
 from cluster.steps import Boundary, Draw, Drawn, Drop, Fork, Honoured, Row, Sampling, Step, StepDone, StepFailed, Trim
 from cluster.types import Backend, DeploymentId, DType, Epoch, HostTensor, SequenceId, StepId
-from node.engine import Capacity, Logits, Progress, Rewind, StageSpec
+from node.engine import Capacity, Logits, Progress, StageSpec
 from node.stage import StageRunner
 
 FENCE = Fence(DeploymentId("d"), Epoch(1))
@@ -24,7 +25,7 @@ class CountingEngine:
     """Holds lengths only. The likeliest token is the row's last position; `broken` rows raise midway."""
 
     backend = Backend.TORCH
-    rewind = Rewind.EXACT
+    rewind = EXACT
 
     def __init__(self, is_last: bool) -> None:
         self.is_last = is_last

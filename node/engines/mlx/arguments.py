@@ -16,6 +16,7 @@ from cluster.models.checkpoint import Checkpoint
 from cluster.models.families import family_of
 from cluster.models.layout import head_is_tied
 from cluster.models.shape import Shape, read_shape
+from cluster.models.windows import read_windows
 from node.engines.mlx.families import MLX_FAMILIES, MlxFamily, States, Windows
 from node.engines.mlx.rotations import Rotation, read_rotation
 from node.engines.mlx.varied import read_wide_heads
@@ -52,7 +53,7 @@ def read_arguments(checkpoint: Checkpoint) -> Arguments:
     _refuse_settings(family, config, where)
     shape, tied = read_shape(named, config, where), head_is_tied(checkpoint)
     rotation = read_rotation(family, config, shape, where)
-    windows = _windows(family, config, shape, where)
+    windows = read_windows(named, config, shape.layer_count, where)
     states = _states(family, config, shape, where)
     fields: dict[str, object] = {
         "model_type": named.model_type,
@@ -119,38 +120,9 @@ def _refuse_lost(family: MlxFamily, fields: Mapping[str, object], shape: Shape, 
         raise ModelError(f"{where}: expected a rotation without scaling, found {fields['rope_scaling']!r:.60}")
 
 
-def _windows(family: MlxFamily, config: Mapping[str, object], shape: Shape, where: str) -> tuple[int | None, ...]:
-    """How far back each layer looks, as transformers reads the configuration."""
-    window = config.get("sliding_window", family.window)
-    if family.windows is Windows.NONE or (window is None and family.windows is Windows.IGNORED):
-        return (None,) * shape.layer_count
-    if window is None:
-        window = family.window
-    if type(window) is not int or window < 1:
-        raise ModelError(f"{where}: expected sliding_window from 1, found {window!r:.40}")
-    kinds = config.get("layer_types")
-    if kinds is None:
-        period = _period(family, config, where)
-        return tuple(None if period and (layer + 1) % period == 0 else window for layer in range(shape.layer_count))
-    if not isinstance(kinds, list) or len(kinds) != shape.layer_count or set(kinds) - {_EVERYTHING, _WINDOW}:
-        raise ModelError(
-            f"{where}: expected {shape.layer_count} layer_types of {_EVERYTHING} or {_WINDOW}, found {kinds!r:.80}"
-        )
-    return tuple(window if kind == _WINDOW else None for kind in kinds)
-
-
-def _period(family: MlxFamily, config: Mapping[str, object], where: str) -> int:
-    if family.windows is not Windows.PERIOD:
-        return family.seeing_all
-    period = _or_default(config, "sliding_window_pattern", family.seeing_all)
-    if type(period) is not int or period < 1:
-        raise ModelError(f"{where}: expected sliding_window_pattern from 1, found {period!r:.40}")
-    return period
-
-
 def _window_fields(family: MlxFamily, windows: tuple[int | None, ...], where: str) -> dict[str, object]:
     """What tells mlx-lm the same, where it can be told."""
-    size = next((window for window in windows if window is not None), family.window)
+    size = next((window for window in windows if window is not None), 1)  # no layer has it then
     everything = tuple(window is None for window in windows)
     match family.windows:
         case Windows.NONE | Windows.IGNORED:
@@ -170,7 +142,7 @@ def _states(family: MlxFamily, config: Mapping[str, object], shape: Shape, where
         return (False,) * shape.layer_count
     kinds = config.get("layer_types")
     if kinds is None and family.states is States.PERIOD:
-        period = _or_default(config, "full_attention_interval", family.seeing_all)
+        period = _or_default(config, "full_attention_interval", family.attending)
         if type(period) is not int or period < 1:
             raise ModelError(f"{where}: expected full_attention_interval from 1, found {period!r:.40}")
         return tuple((layer + 1) % period != 0 for layer in range(shape.layer_count))

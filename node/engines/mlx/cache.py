@@ -1,80 +1,22 @@
 """The KV memory of one stage: keys and values, or a state, of every sequence and owned layer.
 
-Sequences that compute together live together, in a lane: one array [rows, heads, capacity, size] a layer. A
-step writes into a lane in place and attends to it where it lies, so a decode step copies nothing; sequences move
-only when the company changes or a lane is full. A lane is as long as its longest sequence, and that padding is
-bounded twice: it may not cost more than reading the weights once more, and lanes together take no more positions
-than were promised (but for rounding up). Layers with a window keep all positions too, which makes cutting back
-exact. A layer's state is arrays [rows, ...] without positions: a model that has one cannot be cut back. Knows nothing
-of attention.
+Sequences that compute together live together, in a lane. A step writes into a lane in place and attends to it where it
+lies, so a decode step copies nothing; sequences move only when the company changes or a lane is full. A lane is as
+long as its longest sequence, and that padding is bounded twice: it may not cost more than reading the weights once
+more, and lanes together take no more positions than were promised (but for rounding up). Knows nothing of attention,
+and leaves to `lane` what a layer keeps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
-import mlx.core as mx
-
+from cluster.rewinding import EXACT, Rewind, WaysBack
 from cluster.types import SequenceId
+from node.engines.mlx.lane import KvShape, Lane, LayerShape, Part
 
 _ROUND_TOKENS = 16
 _SLACK_TOKENS_MIN = 64
-
-
-@dataclass(frozen=True, slots=True)
-class KvShape:
-    """One layer's keys and values for one position: [heads, size] each."""
-
-    heads: int
-    key_size: int
-    value_size: int
-    dtype: mx.Dtype
-
-    @property
-    def bytes(self) -> int:
-        return self.heads * (self.key_size + self.value_size) * int(self.dtype.size)
-
-
-@dataclass(frozen=True, slots=True)
-class StateShape:
-    """One layer's state after any number of positions: the shape and type of each array. All zeros at first."""
-
-    arrays: tuple[tuple[tuple[int, ...], mx.Dtype], ...]
-
-
-LayerShape = KvShape | StateShape
-
-
-class Lane:
-    """Sequences that compute together. A dropped one leaves its row empty until the lane is next rebuilt."""
-
-    __slots__ = ("arrays", "capacity", "rows")
-
-    def __init__(self, rows: Sequence[SequenceId], capacity: int, layer_count: int) -> None:
-        self.rows: list[SequenceId | None] = list(rows)
-        self.capacity = capacity
-        self.arrays: list[tuple[mx.array, ...]] = [()] * layer_count
-
-    def stored(self, layer: int) -> tuple[mx.array, ...]:
-        """Keys and values of an owned layer, [rows, heads, capacity, size] each, or its state, [rows, ...]."""
-        assert self.arrays[layer], "a lane's layers are filled when it is built"
-        return self.arrays[layer]
-
-    def store(self, layer: int, *arrays: mx.array) -> None:
-        self.arrays[layer] = arrays
-
-    @property
-    def live(self) -> list[SequenceId]:
-        return [seq for seq in self.rows if seq is not None]
-
-    @property
-    def tokens(self) -> int:
-        return len(self.rows) * self.capacity
-
-    @property
-    def bytes(self) -> int:
-        return sum(int(array.nbytes) for arrays in self.arrays for array in arrays)
 
 
 class KvCache:
@@ -87,15 +29,16 @@ class KvCache:
         kv_tokens: int,
         context_tokens: int,
         padding_bytes_max: int,
-        rewinds: bool = True,
+        rewind: Rewind = EXACT,
     ) -> None:
         self.kv_tokens = kv_tokens
         self._shapes = tuple(shapes)
         self._context_tokens = context_tokens
-        self._rewinds = rewinds  # False: some stage of the model holds states
+        self.rewind = rewind
         token_bytes = sum(shape.bytes for shape in shapes if isinstance(shape, KvShape))
         self._padding_tokens_max = padding_bytes_max // max(1, token_bytes)
         self._lengths: dict[SequenceId, int] = {}
+        self._ways_back: dict[SequenceId, WaysBack[None]] = {}
         self._lanes: dict[SequenceId, Lane] = {}
 
     def __len__(self) -> int:
@@ -128,7 +71,8 @@ class KvCache:
     def commit(self, lane: Lane, tokens: int) -> None:
         """From now on `tokens` more positions of each of the lane's sequences count."""
         for seq in lane.live:
-            self._lengths[seq] = self.length(seq) + tokens
+            end = self._lengths[seq] = self.length(seq) + tokens
+            self._ways_back.setdefault(seq, WaysBack(self.rewind)).grew(end)
 
     def forget_uncommitted(self) -> None:
         """Drop rows that were made for sequences which then never came to be."""
@@ -139,8 +83,8 @@ class KvCache:
         if src == dst:
             raise ValueError(f"sequence {src} cannot be forked onto itself")
         self.drop(dst)
-        honoured = max(0, min(length, self.length(src), self.kv_tokens - self.used_tokens))
-        if honoured == 0 or not (self._rewinds or honoured == self.length(src)):
+        honoured = self._honoured(src, min(length, self.kv_tokens - self.used_tokens))
+        if honoured == 0:
             return 0
         if sum(lane.tokens for lane in self._all_lanes()) + _rounded(honoured) > self.kv_tokens:
             self._spread({})
@@ -148,29 +92,35 @@ class KvCache:
         row = source.rows.index(src)
         twin = Lane([dst], _rounded(honoured), len(self._shapes))
         for layer in range(len(self._shapes)):
-            self._fill(twin, layer, [(source.arrays[layer], row, honoured)])
+            twin.fill(layer, self._shapes[layer], [(source.arrays[layer], row, honoured)])
         self._lanes[dst], self._lengths[dst] = twin, honoured
+        self._ways_back[dst] = self._ways_back[src].forked(honoured)
         return honoured
 
     def trim(self, seq: SequenceId, length: int) -> int:
-        # Stages have to agree on what is left, and differ in length after a failed step: so without rewinding nothing
-        # is left, even where there is nothing to cut.
-        honoured = max(0, min(length, self.length(seq))) if self._rewinds else 0
+        honoured = self._honoured(seq, length)
         if honoured == 0:
             self.drop(seq)
         else:
             self._lengths[seq] = honoured
+            self._ways_back[seq].cut(honoured)
         return honoured
 
     def drop(self, seq: SequenceId) -> None:
         self._lengths.pop(seq, None)
+        self._ways_back.pop(seq, None)
         lane = self._lanes.pop(seq, None)
         if lane is not None:
             lane.rows[lane.rows.index(seq)] = None
 
     def clear(self) -> None:
         self._lengths.clear()
+        self._ways_back.clear()
         self._lanes.clear()
+
+    def _honoured(self, seq: SequenceId, asked: int) -> int:
+        ways_back = self._ways_back.get(seq)
+        return 0 if ways_back is None else ways_back.honoured(self.length(seq), asked)
 
     def _all_lanes(self) -> list[Lane]:
         return list({id(lane): lane for lane in self._lanes.values()}.values())
@@ -221,7 +171,9 @@ class KvCache:
         try:
             for layer in range(len(self._shapes)):
                 for lane in new_lanes:
-                    self._fill(lane, layer, [self._part(origins.get(seq), layer, seq) for seq in lane.live])
+                    lane.fill(
+                        layer, self._shapes[layer], [self._part(origins.get(seq), layer, seq) for seq in lane.live]
+                    )
                 for lane in old_lanes:
                     lane.arrays[layer] = ()
         except BaseException:
@@ -232,33 +184,11 @@ class KvCache:
         for lane in new_lanes:
             self._lanes |= dict.fromkeys(lane.live, lane)
 
-    def _part(self, origin: tuple[Lane, int] | None, layer: int, seq: SequenceId) -> _Part:
+    def _part(self, origin: tuple[Lane, int] | None, layer: int, seq: SequenceId) -> Part:
         if origin is None:
             return ((), 0, 0)
         lane, row = origin
         return (lane.arrays[layer], row, self.length(seq))
-
-    def _fill(self, lane: Lane, layer: int, parts: Sequence[_Part]) -> None:
-        """Allocate a layer of `lane` and copy what each row holds in. Zeros behind positions: what is masked must
-        still be a number."""
-        match self._shapes[layer]:
-            case KvShape(heads, key_size, value_size, dtype):
-                sizes = [(heads, lane.capacity, key_size), (heads, lane.capacity, value_size)]
-                filled = [mx.zeros((len(parts), *size), dtype) for size in sizes]
-                for place, (old, row, length) in enumerate(parts):
-                    for new, array in zip(filled, old, strict=bool(old)):
-                        new[place, :, :length] = array[row, :, :length]
-            case StateShape(arrays):
-                filled = [mx.zeros((len(parts), *shape), dtype) for shape, dtype in arrays]
-                for place, (old, row, length) in enumerate(parts):
-                    for new, array in zip(filled, old if length > 0 else (), strict=False):
-                        new[place] = array[row]
-        mx.eval(*filled)
-        lane.store(layer, *filled)
-
-
-_Part = tuple[tuple[mx.array, ...], int, int]
-"""Where a row comes from: a layer's arrays of a lane, the row in it, how many positions count."""
 
 
 def _rounded(tokens: int) -> int:

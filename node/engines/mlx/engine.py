@@ -15,12 +15,14 @@ import numpy as np
 
 from cluster.errors import AtCapacity, ModelError, RequestError
 from cluster.models.checkpoint import open_checkpoint
+from cluster.rewinding import EXACT, Rewind
 from cluster.steps import Boundary, Row
 from cluster.types import Backend, SequenceId
-from node.engine import Capacity, Logits, Progress, Rewind, StageSpec
+from node.engine import Capacity, Logits, Progress, StageSpec
 from node.engines.mlx.arguments import read_arguments
-from node.engines.mlx.cache import KvCache, Lane
+from node.engines.mlx.cache import KvCache
 from node.engines.mlx.device import nothing_kept, open_device
+from node.engines.mlx.lane import Lane
 from node.engines.mlx.positions import LayerCache, Positions, StateCache, owned
 from node.engines.mlx.rehearsal import rehearse
 from node.engines.mlx.slicing import Piece, SlicedModel
@@ -73,7 +75,7 @@ class MlxEngine:
 
     @property
     def rewind(self) -> Rewind:
-        return Rewind.NONE if self._loaded is not None and self._loaded.sliced.has_states else Rewind.EXACT
+        return EXACT if self._loaded is None else self._loaded.sliced.rewind
 
     def load(self, spec: StageSpec, progress: Progress) -> None:
         assert self._loaded is None, "an engine is loaded once"
@@ -103,7 +105,7 @@ class MlxEngine:
                 kv_tokens=spec.kv_tokens,
                 context_tokens=spec.context_tokens,
                 padding_bytes_max=weight_bytes,
-                rewinds=not sliced.has_states,
+                rewind=sliced.rewind,
             )
         self._loaded = _Loaded(spec, device, sliced, cache, weight_bytes)
 
@@ -194,7 +196,7 @@ def _forward(
 ) -> _Forward:
     sliced, spec = loaded.sliced, loaded.spec
     tokens = len(rows[indices[0]].tokens)
-    positions = Positions([rows[index].start for index in indices], tokens)
+    positions = Positions([rows[index].start for index in indices], tokens, lane.capacity)
     kept = [layer for layer in spec.layers if not sliced.kinds[layer].shares]
     caches = tuple(owned(positions, sliced.kinds[layer], lane.stored(slot)) for slot, layer in enumerate(kept))
     drawing = tuple(place for place, index in enumerate(indices) if rows[index].draw is not None)

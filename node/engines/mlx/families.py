@@ -61,8 +61,7 @@ class MlxFamily:
     nests_rotation: bool = False  # it reads a rotation from `rope_parameters`, or its own default of these
     rotated: float = 1.0  # the part of a head that is rotated, of a configuration that states none
     windows: Windows = Windows.NONE
-    window: int | None = None  # of a configuration that says nothing of it
-    seeing_all: int = 0  # every so many layers one sees everything, if no list says so; 0: none does
+    attending: int = 0  # every so many layers one attends, among those with a state, if no list says so
     states: States = States.NONE
     wide_heads: bool = False  # layers that see everything may have larger heads, and fewer of them for keys
     returned: int = 0  # what its layers return beside hidden states
@@ -111,7 +110,7 @@ _DEEPSEEK: Mapping[str, object] = {
 MLX_FAMILIES: Mapping[str, MlxFamily] = {
     "llama": MlxFamily("llama", _SCALED, 10_000.0, _SILU, {"attention_bias": False, "mlp_bias": False}),
     # For mlx-lm it is Llama, whose windows come from a list that Mistral's configurations do not have.
-    "mistral": MlxFamily("llama", _SCALED, 10_000.0, {**_SILU, **_UNBIASED}, windows=Windows.IGNORED, window=4096),
+    "mistral": MlxFamily("llama", _SCALED, 10_000.0, {**_SILU, **_UNBIASED}, windows=Windows.IGNORED),
     "qwen2": MlxFamily("qwen2", _SCALED, 10_000.0, _SILU, lacks=frozenset({"head_dim"})),
     "qwen3": MlxFamily("qwen3", _SCALED, 10_000.0, {**_SILU, **_UNBIASED}),
     # Its attention takes the base and nothing else, so a scaled rotation would be ignored.
@@ -126,8 +125,6 @@ MLX_FAMILIES: Mapping[str, MlxFamily] = {
         norm_eps=1e-5,
         rotations=Rotations.SCALED_BEYOND_WINDOWS,
         windows=Windows.LISTED,
-        window=4096,
-        seeing_all=4,
     ),
     "phi3": MlxFamily(
         "phi3",
@@ -149,8 +146,6 @@ MLX_FAMILIES: Mapping[str, MlxFamily] = {
         lacks=frozenset({"max_position_embeddings", "rope_scaling"}),
         tied=True,
         windows=Windows.IGNORED,
-        window=4096,
-        seeing_all=2,
         groups_scores=True,
     ),
     "gemma3_text": MlxFamily(
@@ -162,8 +157,6 @@ MLX_FAMILIES: Mapping[str, MlxFamily] = {
         lacks=frozenset({"tie_word_embeddings"}),  # the head is tied when the model is given none
         rotations=Rotations.LOCAL_BASE,
         windows=Windows.PERIOD,
-        window=4096,
-        seeing_all=6,
     ),
     # What layers return beside hidden states are keys and values, for the later layers that share them.
     "gemma4_text": MlxFamily(
@@ -184,7 +177,6 @@ MLX_FAMILIES: Mapping[str, MlxFamily] = {
         },
         rotations=Rotations.BY_KIND,
         windows=Windows.LISTED,
-        window=512,
         wide_heads=True,
         returned=2,
     ),
@@ -199,8 +191,6 @@ MLX_FAMILIES: Mapping[str, MlxFamily] = {
         norm_eps=1e-5,
         experts_field="num_local_experts",
         windows=Windows.LISTED,
-        window=128,
-        seeing_all=2,
         transposed=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
     ),
     "deepseek_v3": MlxFamily(
@@ -234,7 +224,7 @@ MLX_FAMILIES: Mapping[str, MlxFamily] = {
         rotations=Rotations.PARTIAL,
         rotated=0.25,
         states=States.PERIOD,
-        seeing_all=4,
+        attending=4,
     ),
     # Norms are put in order only where a slice has a convolution; so one is shown to it.
     "qwen3_5_text": MlxFamily(
@@ -249,7 +239,7 @@ MLX_FAMILIES: Mapping[str, MlxFamily] = {
         rotations=Rotations.PARTIAL,
         rotated=0.25,
         states=States.PERIOD,
-        seeing_all=4,
+        attending=4,
     ),
     # For mlx-lm the same with experts in every layer, whose weights always add up to one.
     "qwen3_5_moe_text": MlxFamily(

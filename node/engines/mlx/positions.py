@@ -7,44 +7,97 @@ a mask for each row, one forward computes sequences of different lengths exactly
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 
+from node.engines.mlx.lane import slots_for
+
+
+class Layout(enum.Enum):
+    """Where attention finds keys and values in a forward."""
+
+    IN_ORDER = enum.auto()  # in the lane, each position in the slot of its number
+    ROUND = enum.auto()  # in the lane, every slot, in which new positions have taken the place of old ones
+    BESIDE = enum.auto()  # in the lane as it was before, and behind that the new ones: together too many for the slots
+    NEW = enum.auto()  # the new ones alone, which are too many for the slots; nothing was there before
+
 
 class Positions:
-    """Where the rows of one forward are: row r's new tokens lie at [starts[r], starts[r] + tokens)."""
+    """Where the rows of one forward are: row r's new tokens lie at [starts[r], starts[r] + tokens), in a lane with room
+    for `capacity` positions."""
 
-    def __init__(self, starts: Sequence[int], tokens: int) -> None:
+    def __init__(self, starts: Sequence[int], tokens: int, capacity: int) -> None:
         self.starts = tuple(starts)
         self.tokens = tokens
+        self.capacity = capacity
         self.end = max(starts) + tokens
         self.uniform = len(set(starts)) == 1
         self.offset: int | mx.array = starts[0] if self.uniform else mx.array(self.starts, mx.int32)
-        self._masks: dict[tuple[int | None, int], mx.array] = {}
+        self._masks: dict[int | None, mx.array] = {}
+
+    def layout(self, window: int | None) -> Layout:
+        """Where the new tokens of a layer with this window find what they attend to."""
+        slots = slots_for(window, self.capacity)
+        if self.end <= slots:
+            return Layout.IN_ORDER
+        assert window is not None, "a lane has room for every position"
+        if self.end == self.tokens:
+            return Layout.NEW
+        # The first new token has to find all of its window when the last one has been written.
+        return Layout.ROUND if self.tokens <= slots - window + 1 else Layout.BESIDE
 
     def oldest(self, window: int | None) -> int:
         """The first position that any new token of a layer with this window looks at."""
         return 0 if window is None else max(0, min(self.starts) - window + 1)
 
-    def mask(self, window: int | None, oldest: int, as_array: bool) -> mx.array | str | None:
-        """Which of the positions [oldest, end) each new token looks at, in the words of MLX's attention."""
-        everything = window is None or self.end - oldest <= window
-        if self.uniform and everything and not as_array:
+    def mask(self, window: int | None, as_array: bool) -> mx.array | str | None:
+        """Which of what is attended to each new token looks at, in the words of MLX's attention."""
+        in_order = self.layout(window) in (Layout.IN_ORDER, Layout.NEW)
+        everything = window is None or self.end - self.oldest(window) <= window
+        if self.uniform and in_order and everything and not as_array:
             return None if self.tokens == 1 else "causal"
-        key = (window, oldest)
-        if key not in self._masks:
-            self._masks[key] = self._mask(window, oldest)
-        return self._masks[key]
+        if window not in self._masks:
+            self._masks[window] = self._mask(window)
+        return self._masks[window]
 
-    def _mask(self, window: int | None, oldest: int) -> mx.array:
-        """[rows, 1, tokens, positions], true where the new token may look."""
-        starts = mx.array(self.starts, mx.int32).reshape(-1, 1, 1, 1)
-        queries = starts + mx.arange(self.tokens, dtype=mx.int32).reshape(1, 1, -1, 1)
-        keys = mx.arange(oldest, self.end, dtype=mx.int32).reshape(1, 1, 1, -1)
+    def _mask(self, window: int | None) -> mx.array:
+        """[rows, 1, tokens, keys], true where the new token may look."""
+        queries = self._new()[..., None]
+        keys = self._keys(window)[:, :, None]
         mask = keys <= queries
-        return mask if window is None else mask & (keys > queries - window)
+        return mask if window is None else mask & (keys > queries - window) & (keys >= 0)
+
+    def _keys(self, window: int | None) -> mx.array:
+        """[rows or 1, 1, keys]: the position of each; negative where there is none yet."""
+        starts = self._starts()
+        match self.layout(window):
+            case Layout.IN_ORDER | Layout.NEW:
+                return mx.arange(self.oldest(window), self.end, dtype=mx.int32).reshape(1, 1, -1)
+            case Layout.ROUND:
+                return _last_in_slots(starts + self.tokens, slots_for(window, self.capacity))
+            case Layout.BESIDE:
+                old = _last_in_slots(starts, slots_for(window, self.capacity))
+                return mx.concatenate([old, self._new()], axis=-1)
+
+    def _starts(self) -> mx.array:
+        return mx.array(self.starts, mx.int32).reshape(-1, 1, 1)
+
+    def _new(self) -> mx.array:
+        """[rows, 1, tokens]: the position of each new token."""
+        return self._starts() + mx.arange(self.tokens, dtype=mx.int32)
+
+    def places(self, slots: int) -> mx.array:
+        """[rows, 1, tokens, 1]: the slot of each new token; of the last ones where they are more than slots."""
+        return (self._new()[..., -slots:] % slots)[..., None]
+
+
+def _last_in_slots(ends: mx.array, slots: int) -> mx.array:
+    """[rows, 1, slots]: the last position below `ends` that lies in each slot."""
+    slot = mx.arange(slots, dtype=mx.int32)
+    return ends - 1 - (ends - 1 - slot) % slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +117,6 @@ class UnownedCache:
     def __init__(self, positions: Positions, window: int | None) -> None:
         self._positions = positions
         self._window = window
-        self._oldest = positions.oldest(window)
 
     @property
     def offset(self) -> int | mx.array:
@@ -74,7 +126,9 @@ class UnownedCache:
         self, tokens: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | str | None:
         assert self._positions.tokens == tokens
-        return self._positions.mask(window_size or self._window, self._oldest, return_array)
+        if window_size is not None and window_size != self._window:
+            raise ValueError(f"a layer that keeps a window of {self._window} is asked for one of {window_size}")
+        return self._positions.mask(self._window, return_array)
 
 
 class LayerCache(UnownedCache):
@@ -91,21 +145,34 @@ class LayerCache(UnownedCache):
         return self.keys, self.values
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Write [rows, heads, tokens, size] at the rows' positions; returns the positions [oldest, end) of all rows."""
+        """Write [rows, heads, tokens, size] at the rows' positions; returns what is to be attended to."""
+        positions = self._positions
+        layout = positions.layout(self._window)
+        if layout is Layout.BESIDE:
+            visible_keys, visible_values = (
+                mx.concatenate(pair, axis=2) for pair in ([self.keys, keys], [self.values, values])
+            )
         self.keys = self._written(self.keys, keys)
         self.values = self._written(self.values, values)
-        visible = slice(self._oldest, self._positions.end)
-        return self.keys[:, :, visible], self.values[:, :, visible]
+        match layout:
+            case Layout.IN_ORDER:
+                visible = slice(positions.oldest(self._window), positions.end)
+                return self.keys[:, :, visible], self.values[:, :, visible]
+            case Layout.ROUND:
+                return self.keys, self.values
+            case Layout.BESIDE:
+                return visible_keys, visible_values
+            case Layout.NEW:
+                return keys, values
 
     def _written(self, store: mx.array, new: mx.array) -> mx.array:
-        positions = self._positions
-        if positions.uniform:
-            start = positions.starts[0]
+        positions, slots = self._positions, store.shape[2]
+        start = positions.starts[0] % slots
+        if positions.uniform and start + positions.tokens <= slots:
             store[:, :, start : start + positions.tokens] = new
             return store
-        places = mx.array(positions.starts, mx.int32).reshape(-1, 1, 1, 1)
-        places = places + mx.arange(positions.tokens, dtype=mx.int32).reshape(1, 1, -1, 1)
-        return mx.put_along_axis(store, mx.broadcast_to(places, new.shape), new, axis=2)
+        new = new[:, :, -slots:]
+        return mx.put_along_axis(store, mx.broadcast_to(positions.places(slots), new.shape), new, axis=2)
 
 
 class StateCache:

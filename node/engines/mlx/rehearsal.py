@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from cluster.errors import ModelError
 from node.engine import StageSpec
-from node.engines.mlx.cache import KvShape, LayerShape, StateShape
+from node.engines.mlx.lane import KvShape, LayerShape, StateShape
 from node.engines.mlx.positions import LayerKind, Positions, StateCache, UnownedCache
 from node.engines.mlx.slicing import Piece, SlicedModel
 from node.engines.mlx.tensors import MLX_DTYPES
@@ -27,7 +27,7 @@ class _Recorder(UnownedCache):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         if keys.dtype != values.dtype or keys.shape[:3] != values.shape[:3]:
             raise ValueError(f"keys {keys.dtype}{keys.shape} and values {values.dtype}{values.shape} differ")
-        self.shapes.append(KvShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype))
+        self.shapes.append(KvShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, self._window))
         return keys, values
 
 
@@ -35,7 +35,7 @@ def rehearse(sliced: SlicedModel, spec: StageSpec) -> tuple[LayerShape, ...]:
     """What each owned layer caches; ModelError when the slice does not take or give what the plan says."""
     dtypes = [MLX_DTYPES[tensor.dtype] for tensor in spec.boundary]
     passed = [((1, 1, *tensor.shape), dtype) for tensor, dtype in zip(spec.boundary, dtypes, strict=True)]
-    positions = Positions([0], 1)
+    positions = Positions([0], 1, 1)
     kept = [layer for layer in spec.layers if not sliced.kinds[layer].shares]
     recorders = [_recorder(positions, sliced.kinds[layer]) for layer in kept]
     entering = () if spec.is_first else tuple(mx.zeros(shape, dtype) for shape, dtype in passed)

@@ -19,6 +19,7 @@ from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 from mlx_lm.models.rope_utils import YarnRoPE
 
 from cluster.errors import ModelError
+from cluster.rewinding import Rewind, rewind_of
 from cluster.types import LayerRange
 from node.engines.mlx.arguments import Arguments
 from node.engines.mlx.families import Windows
@@ -135,9 +136,9 @@ class SlicedModel:
         _cut(model, self._ports, layers, _NoEmbedding(self.hidden_size, dtype), arguments)
 
     @property
-    def has_states(self) -> bool:
-        """Some layer of the model, owned or not, keeps a state that cannot be cut back."""
-        return any(kind.states for kind in self.kinds)
+    def rewind(self) -> Rewind:
+        """Where sequences can be cut back to: by all layers of the model, owned or not."""
+        return rewind_of([kind.window for kind in self.kinds], has_states=any(kind.states for kind in self.kinds))
 
     def seal(self) -> None:
         """After the weights are bound by name: layers get their masks; norm and head see only what is drawn."""

@@ -86,26 +86,27 @@ def attend(
     if is_latent:
         query, key = latent.into_latents(module, query, key, value)
         value = key[..., :0]  # nothing to cache beside the latents
+    _refuse_other_window(batch, layer, sliding_window)
     scoring = Scoring(sliding_window, scaling, softcap, s_aux)
     output = query.new_empty((query.shape[2], query.shape[1], key.shape[3] if is_latent else value.shape[3]))
     for span in batch.spans:
         if shared.shares(module):
-            keys, values = shared.borrow(module, span.offered)
+            keys, values, first = shared.borrow(module, span.offered)
         else:
             new = slice(span.begin, span.end)
-            keys, values = span.cache.write(layer, span.start, key[0, :, new], value[0, :, new])
-            shared.offer(module, (keys, values), span.offered)
+            keys, values, first = span.cache.write(layer, span.start, key[0, :, new], value[0, :, new])
+            shared.offer(module, (keys, values, first), span.offered)
         queries = query[0, :, span.begin : span.end]
-        rows = _attend_sequence(queries, keys, keys if is_latent else values, span.start, scoring)
+        rows = _attend_sequence(queries, keys, keys if is_latent else values, span.start - first, scoring)
         output[span.begin : span.end] = rows.transpose(0, 1)
     return (latent.out_of_latents(module, output) if is_latent else output)[None], None
 
 
 def _attend_sequence(
     query: torch.Tensor,  # [heads, new tokens, head size]
-    keys: torch.Tensor,  # [kv heads, all tokens, head size], the new ones last
+    keys: torch.Tensor,  # [kv heads, tokens, head size], the new ones last
     values: torch.Tensor,
-    start: int,
+    start: int,  # of the new ones among the keys
     scoring: Scoring,
 ) -> torch.Tensor:
     """One sequence's new tokens, in blocks so that masks and scores stay small; [heads, new tokens, head size]."""
@@ -187,6 +188,16 @@ def _mask(start: int, count: int, oldest: int, end: int, window: int | None, dev
     if window is not None:
         mask &= key_positions > query_positions - window
     return mask
+
+
+def _refuse_other_window(batch: Batch, layer: int, window: int | None) -> None:
+    """What the layer looks back to is what is kept of it."""
+    for span in batch.spans:
+        if span.cache.window(layer) != window:
+            raise ModelError(
+                f"layer {layer} of the stage looks back {window} positions; config.json says "
+                f"{span.cache.window(layer)} (None: all)"
+            )
 
 
 def refuse_unknown(module: torch.nn.Module, mask: object, dropout: float, others: dict[str, object]) -> None:

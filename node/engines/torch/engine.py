@@ -16,11 +16,12 @@ import torch
 from cluster.errors import AtCapacity, ModelError, RequestError
 from cluster.models.checkpoint import open_checkpoint
 from cluster.models.layout import owned_tensors
+from cluster.rewinding import EXACT, Rewind
 from cluster.steps import Boundary, Row
 from cluster.types import Backend, SequenceId
-from node.engine import Capacity, Logits, Progress, Rewind, StageSpec
+from node.engine import Capacity, Logits, Progress, StageSpec
 from node.engines.torch.attention import Batch, Span
-from node.engines.torch.kv import KvCache, SequenceCache
+from node.engines.torch.kv import KvCache
 from node.engines.torch.slicing import Passing, SlicedModel, build_slice
 from node.engines.torch.tensors import TORCH_DTYPES, check_inputs, device_from, from_host, to_host
 from node.engines.torch.weights import load_weights
@@ -49,7 +50,7 @@ class TorchEngine:
 
     @property
     def rewind(self) -> Rewind:
-        return Rewind.NONE if self._stage is not None and self._stage.sliced.has_states else Rewind.EXACT
+        return EXACT if self._stage is None else self._stage.sliced.rewind
 
     @torch.inference_mode()
     def load(self, spec: StageSpec, progress: Progress) -> None:
@@ -66,7 +67,7 @@ class TorchEngine:
             raise ModelError(f"the plan's boundary is {found}; config.json says {expected}")
         tensors = owned_tensors(checkpoint, spec.layers, spec.layer_count)
         weight_bytes = load_weights(sliced, spec, tensors, device, progress)
-        cache = KvCache(len(spec.layers), spec.kv_tokens, spec.context_tokens, rewinds=not sliced.has_states)
+        cache = KvCache(sliced.windows, spec.kv_tokens, spec.context_tokens, sliced.rewind)
         stage = _Loaded(spec, sliced, cache, device, weight_bytes)
         _rehearse(stage)
         self._stage = stage
@@ -192,7 +193,7 @@ def _rehearse(stage: _Loaded) -> None:
     """Compute one token and forget it: a layer whose attention asks for something unknown, or keeps its state
     anywhere but in our cache, must be found at load, because later it would only be silently wrong."""
     sliced, layer_count = stage.sliced, len(stage.spec.layers)
-    batch = Batch((Span(0, 1, 0, SequenceCache(layer_count, 1)),))
+    batch = Batch((Span(0, 1, 0, stage.cache.new()),))
     positions = torch.zeros(1, dtype=torch.int64, device=stage.device)
     entering = sliced.enter(positions) if sliced.is_first else _nothing(stage.spec, 1, stage.device)
     if sliced.is_last:

@@ -1,20 +1,18 @@
 """The cache of one stage: keys and values, or the state, of every sequence and owned layer.
 
-A sequence's tensors are [kv heads, capacity, head size], so that attention reads them in place. They grow by
-an eighth: a decode step copies nothing, and at most that much memory is allocated above what is used. Knows
-nothing of attention; positions are committed only after a step succeeded, which makes a failed one harmless.
+Knows nothing of attention. What a step writes counts only once it has succeeded, which makes a failed one harmless.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from cluster.rewinding import EXACT, Rewind, WaysBack
 from cluster.types import SequenceId
-
-_SLACK_TOKENS_MIN = 32
+from node.engines.torch.layer_kv import LayerKv
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,82 +23,84 @@ class LayerState:
     matrix: torch.Tensor | None  # a gated delta rule's memory, [1, heads, key size, value size]
 
     @property
-    def size_bytes(self) -> int:
-        tensors = [tensor for tensor in (self.window, self.matrix) if tensor is not None]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor for tensor in (self.window, self.matrix) if tensor is not None)
+
+
+States = Mapping[int, LayerState]
+"""Of the layers that have one."""
 
 
 class SequenceCache:
-    """Keys and values of one sequence. Positions from `length` on hold nothing that counts."""
+    """Keys, values and states of one sequence. Positions from `length` on hold nothing that counts."""
 
-    __slots__ = ("_capacity", "_context_tokens", "_keys", "_states", "_values", "length")
+    __slots__ = ("_kept", "_states", "length", "ways_back")
 
-    def __init__(self, layer_count: int, context_tokens: int) -> None:
+    def __init__(self, windows: Sequence[int | None], context_tokens: int, rewind: Rewind = EXACT) -> None:
         self.length = 0
-        self._capacity = 0  # positions that every layer's tensors have, or will have at their next write
-        self._context_tokens = context_tokens
-        self._keys: list[torch.Tensor | None] = [None] * layer_count
-        self._values: list[torch.Tensor | None] = [None] * layer_count
-        self._states: dict[int, LayerState] = {}
+        self.ways_back: WaysBack[States] = WaysBack(rewind)
+        self._kept = [LayerKv(window, context_tokens) for window in windows]
+        self._states: States = {}
+
+    def window(self, layer: int) -> int | None:
+        """Positions that the layer looks back; None: all."""
+        return self._kept[layer].window
 
     def state(self, layer: int) -> LayerState | None:
         """After the last position that counts; None before the first."""
         return self._states.get(layer)
 
-    def commit(self, length: int, states: Mapping[int, LayerState]) -> None:
+    def commit(self, length: int, states: States) -> None:
         """From now on the first `length` positions count, after which layers with a state have `states`."""
+        self.ways_back.grew(length, states if self.ways_back.wants_snapshot(self.length, length) else None)
         self.length = length
-        self._states.update(states)
+        self._states = states
+        for kept in self._kept:
+            kept.settle(length)
 
     def write(
         self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put [kv heads, new, head size] at positions from `start`; returns everything up to their end."""
-        end = start + keys.shape[1]
-        self._reserve(end)
-        all_keys = self._keys[layer] = self._fitted(self._keys[layer], start, keys)
-        all_values = self._values[layer] = self._fitted(self._values[layer], start, values)
-        all_keys[:, start:end] = keys
-        all_values[:, start:end] = values
-        return all_keys[:, :end], all_values[:, :end]
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Put [kv heads, new, head size] at positions from `start`; returns what there is up to their end, and the
+        position at which it begins."""
+        return self._kept[layer].write(start, keys, values)
+
+    def cut(self, length: int) -> None:
+        """Only the first `length` positions count; one of the ways back."""
+        self._states = self._states_at(length)
+        self.ways_back.cut(length)
+        self.length = length
 
     def copy(self, length: int) -> SequenceCache:
-        """The first `length` positions as a sequence of its own."""
-        twin = SequenceCache(len(self._keys), self._context_tokens)
-        twin.commit(length, self._states)
-        for layer, (keys, values) in enumerate(zip(self._keys, self._values, strict=True)):
-            if keys is not None and values is not None:
-                twin.write(layer, 0, keys[:, :length], values[:, :length])
+        """The first `length` positions, one of the ways back, as a sequence of its own."""
+        twin = SequenceCache((), 0)
+        twin.length, twin.ways_back = length, self.ways_back.forked(length)
+        twin._kept = [kept.copy(length) for kept in self._kept]
+        twin._states = self._states_at(length)
         return twin
 
     @property
     def allocated_bytes(self) -> int:
-        tensors = [tensor for tensor in (*self._keys, *self._values) if tensor is not None]
-        kept = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        return kept + sum(state.size_bytes for state in self._states.values())
+        kept = sum(layer.allocated_bytes for layer in self._kept)
+        held = (self._states, *self.ways_back.snapshots)
+        # The last snapshot may be the state as it is.
+        tensors = {id(tensor): tensor for states in held for state in states.values() for tensor in state.tensors}
+        return kept + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
-    def _reserve(self, needed: int) -> None:
-        if needed > self._capacity:
-            slack = max(_SLACK_TOKENS_MIN, needed // 8)
-            self._capacity = max(needed, min(needed + slack, self._context_tokens))
-
-    def _fitted(self, old: torch.Tensor | None, kept: int, like: torch.Tensor) -> torch.Tensor:
-        """`old` if it is large enough, else a larger tensor that begins with its first `kept` positions."""
-        if old is not None and old.shape[1] >= self._capacity:
-            return old
-        new = torch.empty((like.shape[0], self._capacity, like.shape[2]), dtype=like.dtype, device=like.device)
-        if old is not None:
-            new[:, :kept] = old[:, :kept]
-        return new
+    def _states_at(self, length: int) -> States:
+        states = self._states if length == self.length else self.ways_back.snapshot_at(length)
+        return {} if states is None else states
 
 
 class KvCache:
     """The sequences of a stage, and how many positions they may hold together."""
 
-    def __init__(self, layer_count: int, kv_tokens: int, context_tokens: int, *, rewinds: bool = True) -> None:
+    def __init__(
+        self, windows: Sequence[int | None], kv_tokens: int, context_tokens: int, rewind: Rewind = EXACT
+    ) -> None:
         self.kv_tokens = kv_tokens
-        self._rewinds = rewinds  # False: the model has states, which cannot be cut back
-        self._layer_count = layer_count
+        self.rewind = rewind
+        self._windows = windows  # of the owned layers
         self._context_tokens = context_tokens
         self._sequences: dict[SequenceId, SequenceCache] = {}
 
@@ -119,11 +119,15 @@ class KvCache:
         sequence = self._sequences.get(seq)
         return 0 if sequence is None else sequence.length
 
+    def new(self) -> SequenceCache:
+        """An empty sequence, which is not remembered."""
+        return SequenceCache(self._windows, self._context_tokens, self.rewind)
+
     def find_or_new(self, seq: SequenceId) -> SequenceCache:
         """The sequence's cache; a new one is remembered only once it is committed."""
-        return self._sequences.get(seq) or SequenceCache(self._layer_count, self._context_tokens)
+        return self._sequences.get(seq) or self.new()
 
-    def commit(self, seq: SequenceId, sequence: SequenceCache, length: int, states: Mapping[int, LayerState]) -> None:
+    def commit(self, seq: SequenceId, sequence: SequenceCache, length: int, states: States) -> None:
         """From now on the sequence's first `length` positions count."""
         sequence.commit(length, states)
         self._sequences[seq] = sequence
@@ -132,22 +136,21 @@ class KvCache:
         if src == dst:
             raise ValueError(f"sequence {src} cannot be forked onto itself")
         self.drop(dst)
-        room = self.kv_tokens - self.used_tokens
-        honoured = max(0, min(length, self.length(src), room))
-        if not self._rewinds and honoured != self.length(src):
+        source = self._sequences.get(src)
+        if source is None:
             return 0
+        honoured = source.ways_back.honoured(source.length, min(length, self.kv_tokens - self.used_tokens))
         if honoured > 0:
-            self._sequences[dst] = self._sequences[src].copy(honoured)
+            self._sequences[dst] = source.copy(honoured)
         return honoured
 
     def trim(self, seq: SequenceId, length: int) -> int:
-        # Stages have to agree on what is left, and after a failed step they differ in length: so without rewinding
-        # nothing is left, even where there is nothing to cut.
-        honoured = max(0, min(length, self.length(seq))) if self._rewinds else 0
-        if honoured == 0:
+        sequence = self._sequences.get(seq)
+        honoured = 0 if sequence is None else sequence.ways_back.honoured(sequence.length, length)
+        if sequence is None or honoured == 0:
             self.drop(seq)
         else:
-            self._sequences[seq].length = honoured
+            sequence.cut(honoured)
         return honoured
 
     def drop(self, seq: SequenceId) -> None:

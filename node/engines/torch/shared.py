@@ -12,8 +12,8 @@ import torch
 
 from cluster.errors import ModelError
 
-Cached = tuple[torch.Tensor, torch.Tensor]
-"""Keys and values of one sequence in one layer, [kv heads, positions, size] each."""
+Cached = tuple[torch.Tensor, torch.Tensor, int]
+"""Keys and values of one sequence in one layer, [kv heads, positions, size] each, and the first of the positions."""
 
 
 def shares(module: torch.nn.Module) -> bool:

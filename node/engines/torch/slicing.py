@@ -7,7 +7,7 @@ cannot compute exactly is refused here, by name, before a byte of weights is rea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -28,6 +28,8 @@ from cluster.models.layout import (
     part_of,
     within_layer,
 )
+from cluster.models.windows import read_windows
+from cluster.rewinding import rewind_of
 from cluster.types import LayerRange
 from node.engine import StageSpec
 from node.engines.torch import attention, latent, recurrent, shared
@@ -52,12 +54,15 @@ class Passing:
 class SlicedModel:
     """Layers [first, last) of a model, with the embedding, final norm and head that belong to them."""
 
-    def __init__(self, model: torch.nn.Module, layers: LayerRange, layer_count: int, *, has_states: bool) -> None:
+    def __init__(
+        self, model: torch.nn.Module, layers: LayerRange, windows: Sequence[int | None], *, has_states: bool
+    ) -> None:
         self.model = model
-        self.has_states = has_states  # in the whole model: stages have to treat sequences alike
+        self.windows = windows[layers.first : layers.last]  # how far back each owned layer looks
+        self.rewind = rewind_of(windows, has_states=has_states)
         self.layers = layers
         self.is_first = layers.first == 0
-        self.is_last = layers.last == layer_count
+        self.is_last = layers.last == len(windows)
         self._inputs: InputMaker | None = None
 
     @property
@@ -149,7 +154,8 @@ def build_slice(checkpoint: Checkpoint, spec: StageSpec, dtype: torch.dtype, dev
     _compute_buffers(model, device)  # before the cut, because some depend on the kinds of all layers
     latent.keep_latents(model)
     recurrent.run_rows_alone(model)
-    sliced = SlicedModel(model, spec.layers, spec.layer_count, has_states=family.states is not None)
+    windows = read_windows(family, text_config, spec.layer_count, str(checkpoint.folder))
+    sliced = SlicedModel(model, spec.layers, windows, has_states=family.states is not None)
     _cut(sliced, head_is_tied(checkpoint))
     model.eval()
     return sliced

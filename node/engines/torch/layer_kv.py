@@ -1,0 +1,81 @@
+"""Keys and values of one sequence in one layer: all of its positions, or the last ones where the layer looks back a
+window.
+
+Tensors are [kv heads, capacity, head size], so that attention reads them in place. They grow by an eighth: a decode
+step copies nothing, and at most that much memory is allocated above what is used. Behind a window, old positions are
+moved out once the tensors are as large as they may become. What a step writes lies behind the positions that count, and
+none of those is moved out that the same step would need if it were computed again, which makes a failed one harmless.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from cluster.rewinding import window_tokens_kept, window_tokens_max
+
+_SLACK_TOKENS_MIN = 32
+
+
+class LayerKv:
+    """Positions [first, first + capacity), as far as they have been written."""
+
+    __slots__ = ("_first", "_keys", "_tokens_max", "_values", "window")
+
+    def __init__(self, window: int | None, context_tokens: int) -> None:
+        self.window = window
+        self._tokens_max = context_tokens if window is None else min(context_tokens, window_tokens_max(window))
+        self._first = 0
+        self._keys: torch.Tensor | None = None
+        self._values: torch.Tensor | None = None
+
+    def write(self, start: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Put [kv heads, new, head size] at positions from `start`; returns what is there up to their end, and the
+        position at which it begins."""
+        if self._keys is None or self._values is None:
+            self._keys, self._values = keys[:, :0], values[:, :0]
+        end = start + keys.shape[1]
+        if end - self._first > self._keys.shape[1]:
+            self._move(start, end)
+        here = slice(start - self._first, end - self._first)
+        self._keys[:, here] = keys
+        self._values[:, here] = values
+        return self._keys[:, : here.stop], self._values[:, : here.stop], self._first
+
+    def settle(self, length: int) -> None:
+        """The step has succeeded: give back what only a long one needed."""
+        if self._keys is not None and self._keys.shape[1] > self._tokens_max:
+            self._move(length, length)
+
+    def copy(self, length: int) -> LayerKv:
+        """The first `length` positions, as far as they are here."""
+        twin = LayerKv(self.window, 0)
+        twin._tokens_max, twin._first = self._tokens_max, self._first
+        if self._keys is not None and self._values is not None:
+            count = length - self._first
+            twin.write(self._first, self._keys[:, :count], self._values[:, :count])
+        return twin
+
+    @property
+    def allocated_bytes(self) -> int:
+        tensors = [tensor for tensor in (self._keys, self._values) if tensor is not None]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def _move(self, length: int, end: int) -> None:
+        """To tensors with room up to `end`, with what is still needed of the first `length` positions."""
+        assert self._keys is not None and self._values is not None
+        first = self._first
+        if self.window is not None:
+            first = max(first, length - window_tokens_kept(self.window) + 1)
+        needed = end - first
+        slack = max(_SLACK_TOKENS_MIN, needed // 8)
+        capacity = max(needed, min(needed + slack, self._tokens_max))
+        old = slice(first - self._first, length - self._first)
+        self._keys, self._values = (_moved(tensor, old, capacity) for tensor in (self._keys, self._values))
+        self._first = first
+
+
+def _moved(tensor: torch.Tensor, old: slice, capacity: int) -> torch.Tensor:
+    heads, _, size = tensor.shape
+    new = torch.empty((heads, capacity, size), dtype=tensor.dtype, device=tensor.device)
+    new[:, : old.stop - old.start] = tensor[:, old]
+    return new

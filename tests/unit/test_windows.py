@@ -1,0 +1,53 @@
+"""How far back layers look, as transformers reads a configuration; its own reading is compared at every load."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.errors import ModelError
+from cluster.models.families import family_of
+from cluster.models.windows import read_windows
+
+
+def windows(model_type: str, **config: object) -> tuple[int | None, ...]:
+    family, text = family_of({"model_type": model_type, **config}, "model")
+    return read_windows(family, text, 6, "model")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "expected"),
+    [
+        ("llama", {"sliding_window": 8}, (None,) * 6),
+        ("mistral", {}, (4096,) * 6),
+        ("mistral", {"sliding_window": None}, (None,) * 6),
+        ("phi3", {}, (None,) * 6),
+        ("phi3", {"sliding_window": 8}, (8,) * 6),
+        ("gemma2", {"sliding_window": 8}, (8, None) * 3),
+        ("olmo3", {"sliding_window": 8}, (8, 8, 8, None, 8, 8)),
+        ("gpt_oss", {}, (128, None) * 3),
+        ("gemma3_text", {"sliding_window_pattern": 2, "sliding_window": 8}, (8, None) * 3),
+        ("gemma3_text", {}, (*(4096,) * 5, None)),
+        ("gemma4_text", {"layer_types": ["sliding_attention"] * 5 + ["full_attention"]}, (*(512,) * 5, None)),
+    ],
+)
+def test_silence_means_what_transformers_takes_it_for(
+    model_type: str, config: dict[str, object], expected: tuple[int | None, ...]
+) -> None:
+    assert windows(model_type, **config) == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"sliding_window": 0}, "expected sliding_window from 1"),
+        ({"sliding_window": True}, "expected sliding_window from 1"),
+        ({"sliding_window": 1 << 31}, "expected sliding_window from 1"),
+        ({"sliding_window_pattern": 0}, "expected sliding_window_pattern from 1"),
+        ({"sliding_window_pattern": "2"}, "expected sliding_window_pattern from 1"),
+        ({"layer_types": ["full_attention"] * 5}, "expected 6 layer_types"),
+        ({"layer_types": {"full_attention": 6}}, "of kind"),
+    ],
+)
+def test_a_damaged_configuration_is_refused(setting: dict[str, object], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        windows("gemma3_text", **setting)
