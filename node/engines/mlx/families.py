@@ -259,7 +259,7 @@ MLX_FAMILIES: Mapping[str, MlxFamily] = {
         rotations=Rotations.PARTIAL,
         rotated=0.25,
         states=States.PERIOD,
-        seeing_all=4,
+        attending=4,
         stacks=Stacks("mlp.experts.", "mlp.switch_mlp."),
     ),
     "lfm2": MlxFamily(
