@@ -17,7 +17,7 @@ from cluster.models.families import architecture_of, engines_for, family_of
 from cluster.models.family import Attention, Family
 from cluster.models.formats import READERS, Packing, Quantization, read_quantization
 from cluster.models.layout import Unused, head_is_tied, is_expert, is_own_key, is_spare, part_of
-from cluster.models.matrices import Matrix, read_matrices
+from cluster.models.matrices import Matrix, read_matrices, readers_of
 from cluster.models.parts import Parts, bytes_of, check_ends, check_inputs, leave_out_extra, most_bytes_of
 from cluster.models.quantising import GROUP, bits_to_pack
 from cluster.models.shape import Shape, read_shape
@@ -96,7 +96,8 @@ def read_facts(checkpoint: Checkpoint, bits: int | None = None) -> ModelFacts:
         if not isinstance(part_of(tensor.name), Unused)
         and not is_spare(tensor.name, shape.layer_count, shape.sharing_layers)
     ]
-    parts = Parts.of(read_matrices(used, quantization, where))
+    matrices = read_matrices(used, quantization, where)
+    parts = Parts.of(matrices)
     leave_out_extra(parts, shape, config.get(family.extra_layers or ""))
     check_ends(parts, shape, tied, where)
     check_inputs(parts, shape, where)
@@ -106,7 +107,8 @@ def read_facts(checkpoint: Checkpoint, bits: int | None = None) -> ModelFacts:
     bits = bits_to_pack(bits, quantization, where)
     if bits is not None:
         parts = parts.packed(family, bits, dtype)
-    backends = _backends(family, config, parts.packings | stated, where)
+    able = engines_for(family, config)
+    backends = _backends(family, able, parts.packings | stated, readers_of(matrices.values()), where)
     embedding_bytes = most_bytes_of(parts.embedding, backends, dtype)
     return ModelFacts(
         architecture=architecture_of(checkpoint.config),
@@ -147,11 +149,10 @@ def _boundary(shape: Shape, dtype: DType) -> tuple[TensorSpec, ...]:
 
 
 def _backends(
-    family: Family, config: Mapping[str, object], packings: frozenset[Packing], where: str
+    family: Family, able: frozenset[Backend], packings: frozenset[Packing], readers: frozenset[Backend], where: str
 ) -> frozenset[Backend]:
-    """Engines that compute the family exactly and read every format that its files hold."""
-    able = engines_for(family, config)
-    backends = able.intersection(*(READERS[packing] for packing in packings))
+    """Engines that compute the family exactly and read every matrix that its files hold."""
+    backends = readers.intersection(able, *(READERS[packing] for packing in packings))
     if not backends:
         format_name = " and ".join(sorted(packings - {Packing.NONE})) or "full precision"
         runs_on = " and ".join(sorted(able)) or "no engine"

@@ -41,9 +41,9 @@ READERS: Mapping[Packing, frozenset[Backend]] = {
     Packing.MXFP8: frozenset({Backend.MLX}),
     Packing.NVFP4: frozenset({Backend.MLX}),
     Packing.FP8: frozenset(),
-    Packing.AWQ: frozenset(),
-    Packing.GPTQ: frozenset(),
-    Packing.INTEGERS: frozenset(),
+    Packing.AWQ: frozenset({Backend.MLX}),
+    Packing.GPTQ: frozenset({Backend.MLX}),
+    Packing.INTEGERS: frozenset({Backend.MLX}),
 }
 """The engines that compute with a packing exactly, in tests."""
 
@@ -82,6 +82,7 @@ class Quantization:
     block: tuple[int, int] | None = None  # rows and columns that share a scale of FP8; None: a row or everything
     symmetric: bool = False  # of integers: every zero is half the range
     zeros_are_one_less: bool = False  # of GPTQ: as files of its first version hold them
+    reordered: bool = False  # of integers: the columns of a group lie anywhere
 
     def __str__(self) -> str:
         return f"{self.bits}-bit {self.kind}" + (f", group {self.group}" if self.group else "")
@@ -125,6 +126,7 @@ def _of_integers(kind: Packing, stated: Integers) -> Quantization:
         stated.group,
         symmetric=stated.symmetric,
         zeros_are_one_less=stated.zeros_are_one_less,
+        reordered=stated.reordered,
     )
 
 

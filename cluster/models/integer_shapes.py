@@ -62,6 +62,11 @@ def unpacked_shape(
     return rows, columns
 
 
+def mlx_computes(name: str, group: int) -> bool:
+    """Its groups are of 32 columns or multiples of it; and mlx-lm takes apart what expands latents, as numbers."""
+    return group % MLX_GROUPS[-1] == 0 and not name.endswith("kv_b_proj.weight")
+
+
 def pair_bytes(scales: DType, group: int, backend: Backend, dtype: DType, *, symmetric: bool) -> int:
     """What the scale and the bias of one group take in an engine that computes in `dtype`.
 

@@ -22,6 +22,7 @@ class Integers:
     group: int  # columns that share a scale; 0: all of a row
     symmetric: bool = False  # every zero is half the range
     zeros_are_one_less: bool = False  # as files of GPTQ's first version hold them
+    reordered: bool = False  # the columns of a group lie anywhere
 
 
 def read_awq(found: Mapping[str, object], where: str) -> Integers:
@@ -36,7 +37,7 @@ def read_awq(found: Mapping[str, object], where: str) -> Integers:
 
 
 def read_gptq(found: Mapping[str, object], where: str) -> Integers:
-    """`desc_act` needs no reading: `g_idx` says to which group a column belongs, whatever the reason."""
+    """With `desc_act` columns went into groups in the order of their activations, and `g_idx` says where each went."""
     if found.get("is_marlin_format"):
         raise _refused("GPTQ in Marlin's layout", "checkpoint_format gptq or gptq_v2", where)
     layout = found.get("checkpoint_format", found.get("format", "gptq"))
@@ -47,6 +48,7 @@ def read_gptq(found: Mapping[str, object], where: str) -> Integers:
         _group(found, where),
         symmetric=found.get("sym") is True,
         zeros_are_one_less=layout == "gptq",
+        reordered=found.get("desc_act") is True,
     )
 
 
@@ -82,7 +84,8 @@ def _of_group(group: object, where: str) -> Integers:
         raise _refused(f"pack-quantized weights with strategy {strategy!r:.40}", "group or channel", where)
     bits = _bits(weights, "num_bits", (4, 8), "pack-quantized weights", where)
     symmetric = weights.get("symmetric", True) is True
-    return Integers(bits, _group(weights, where) if strategy == "group" else 0, symmetric)
+    group = _group(weights, where) if strategy == "group" else 0
+    return Integers(bits, group, symmetric, reordered=weights.get("actorder") in ("group", "dynamic", True))
 
 
 def _bits(found: Mapping[str, object], name: str, allowed: tuple[int, ...], what: str, where: str) -> int:

@@ -13,8 +13,8 @@ from math import prod
 
 from cluster.errors import ModelError
 from cluster.models.checkpoint import StoredTensor
-from cluster.models.formats import PACKED_IN_MEMORY, Packing, Quantization, Width
-from cluster.models.integer_shapes import INTEGER_PACKINGS, pair_bytes, unpacked_shape
+from cluster.models.formats import PACKED_IN_MEMORY, READERS, Packing, Quantization, Width
+from cluster.models.integer_shapes import INTEGER_PACKINGS, mlx_computes, pair_bytes, unpacked_shape
 from cluster.models.layout import canonical_name
 from cluster.types import Backend, DType
 
@@ -43,6 +43,7 @@ class Matrix:
     width: Width  # bits of an element and columns that share a scale; 0 columns: not told by the format
     tensors: Mapping[Role, StoredTensor]
     symmetric: bool = False  # of integers: every zero is half the range
+    reordered: bool = False  # of integers: the columns of a group lie anywhere
 
     @property
     def values(self) -> StoredTensor:
@@ -54,6 +55,14 @@ class Matrix:
         if self.packing is Packing.NONE or Role.SCALES not in self.tensors:
             return self.values.dtype
         return self.tensors[Role.SCALES].dtype
+
+    @property
+    def readers(self) -> frozenset[Backend]:
+        """The engines that compute with it exactly."""
+        readers = READERS[self.packing]
+        if self.packing in INTEGER_PACKINGS and not mlx_computes(self.name, self.width.group or self.shape[-1]):
+            return readers - {Backend.MLX}
+        return readers
 
     @property
     def stored_bytes(self) -> int:
@@ -69,8 +78,8 @@ class Matrix:
                     // group
                     * pair_bytes(self.tensors[Role.SCALES].dtype, group, backend, dtype, symmetric=self.symmetric)
                 )
-                order = self.tensors.get(Role.ORDER)
-                return self.values.size_bytes + pairs + (order.size_bytes if order else 0)
+                order = self.tensors[Role.ORDER].size_bytes if self.reordered else 0
+                return self.values.size_bytes + pairs + order
             return sum(tensor.size_bytes for role, tensor in self.tensors.items() if role is not Role.INPUTS)
         return prod(self.shape) * dtype.size_bytes
 
@@ -121,6 +130,11 @@ def read_matrices(tensors: Iterable[StoredTensor], stated: Quantization | None, 
             raise ModelError(f"{where}: {matrix.name!r} is stored twice, packed in two ways; download the model again")
         matrices[matrix.name] = matrix
     return matrices
+
+
+def readers_of(matrices: Iterable[Matrix]) -> frozenset[Backend]:
+    """The engines that compute with every one of them."""
+    return frozenset(Backend).intersection(*(matrix.readers for matrix in matrices))
 
 
 def _plain(tensor: StoredTensor) -> Matrix:
@@ -184,7 +198,8 @@ def _matrix(
         zeros, order = found.get(Role.ZEROS), found.get(Role.ORDER)
         shape = unpacked_shape(stated, values, scales, zeros, order, where)
         symmetric = zeros is None or (stated.symmetric and stated.kind is Packing.GPTQ)
-        return Matrix(name, stated.kind, shape, stated.width, found, symmetric)
+        reordered = order is not None and stated.reordered
+        return Matrix(name, stated.kind, shape, stated.width, found, symmetric, reordered)
     return Matrix(name, packing, shape, width, found)
 
 

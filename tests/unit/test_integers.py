@@ -70,14 +70,16 @@ def matrix_of(files: Stored, settings: object) -> Matrix:
     [
         (AWQ, Quantization(Packing.AWQ, 4, 64)),
         ({"quant_method": "awq", "bits": 4}, Quantization(Packing.AWQ, 4, 128)),
-        (GPTQ, Quantization(Packing.GPTQ, 4, 64, zeros_are_one_less=True)),
-        (GPTQ | {"checkpoint_format": "gptq_v2", "bits": 8}, Quantization(Packing.GPTQ, 8, 64)),
+        (GPTQ, Quantization(Packing.GPTQ, 4, 64, zeros_are_one_less=True, reordered=True)),
+        (GPTQ | {"checkpoint_format": "gptq_v2", "bits": 8, "desc_act": False}, Quantization(Packing.GPTQ, 8, 64)),
         (
-            GPTQ | {"sym": True, "group_size": -1},
+            GPTQ | {"sym": True, "group_size": -1, "desc_act": False},
             Quantization(Packing.GPTQ, 4, 0, symmetric=True, zeros_are_one_less=True),
         ),
         (COMPRESSED, Quantization(Packing.INTEGERS, 4, 64, symmetric=True)),
         (compressed(num_bits=8, symmetric=False), Quantization(Packing.INTEGERS, 8, 64)),
+        (compressed(actorder="group"), Quantization(Packing.INTEGERS, 4, 64, symmetric=True, reordered=True)),
+        (compressed(actorder="weight"), Quantization(Packing.INTEGERS, 4, 64, symmetric=True)),
         (compressed(strategy="channel", group_size=None), Quantization(Packing.INTEGERS, 4, 0, symmetric=True)),
     ],
 )

@@ -1,7 +1,8 @@
-"""Packed matrices whose scales the model's own type cannot hold: MLX's modules, multiplying in float32.
+"""Packed matrices that MLX's own modules would not multiply exactly.
 
-MLX multiplies in the widest type of its arguments and answers in it. These modules round the answer to the type of
-their input, as the unpacked matrix would. Knows nothing of formats.
+MLX multiplies in the widest type of its arguments and answers in it: with scales that the model's type cannot hold, in
+float32. These modules round the answer to the type of their input, as the unpacked matrix would. And columns may be
+packed in an order of their own, in which these modules take their input. Knows nothing of formats.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
 
 class ExactLinear(nn.QuantizedLinear):
-    """Besides: columns may be packed in an order of their own, which `inputs` then tells."""
+    """A matrix; `inputs` tells the input of each packed column."""
 
     def __init__(self, original: nn.QuantizedLinear, *, has_order: bool) -> None:
         rows, words = original.weight.shape
@@ -28,11 +29,19 @@ class ExactLinear(nn.QuantizedLinear):
 
 
 class ExactSwitchLinear(QuantizedSwitchLinear):
-    """A stack of experts."""
+    """A stack of experts; `inputs` has a row for each."""
 
-    def __init__(self, original: QuantizedSwitchLinear) -> None:
-        shape = (original.input_dims, original.output_dims, original.num_experts)
+    def __init__(self, original: QuantizedSwitchLinear, *, has_order: bool) -> None:
+        columns, experts = original.input_dims, original.num_experts
+        shape = (columns, original.output_dims, experts)
         super().__init__(*shape, "bias" in original, original.group_size, original.bits)
+        if has_order:
+            self.inputs = mx.broadcast_to(mx.arange(columns, dtype=mx.uint32), (experts, columns))
+        self.freeze()
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        return super().__call__(x, indices, sorted_indices).astype(x.dtype)
+        arranged = x
+        if "inputs" in self:  # x is [..., 1, columns], the same for all experts of a token or one for each
+            order = self["inputs"][indices][..., None, :]
+            arranged = mx.take_along_axis(mx.broadcast_to(x, order.shape), order, axis=-1)
+        return super().__call__(arranged, indices, sorted_indices).astype(x.dtype)

@@ -8,7 +8,7 @@ of files, names or modules.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
@@ -22,6 +22,16 @@ _WORD_BITS = 32
 
 _OTHER_ZEROS = "config.json says that the weights are symmetric (sym), and the files hold zeros off the middle"
 
+_OTHER_ORDER = "config.json says that columns lie in the order of their groups, and g_idx says that they do not"
+
+
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """Something that was taken for granted, to be looked at when the bytes are there."""
+
+    holds: mx.array  # one bool
+    message: str
+
 
 @dataclass(frozen=True, slots=True)
 class Affine:
@@ -31,7 +41,8 @@ class Affine:
     words: mx.array  # uint32 [rows, inputs * bits / 32]
     scales: mx.array  # [rows, groups]
     biases: mx.array  # [rows, groups]
-    inputs: mx.array | None
+    inputs: mx.array | None = None
+    doubts: tuple[Doubt, ...] = ()
 
 
 def from_awq(qweight: mx.array, qzeros: mx.array, scales: mx.array, *, dtype: mx.Dtype) -> Affine:
@@ -48,7 +59,7 @@ def from_awq(qweight: mx.array, qzeros: mx.array, scales: mx.array, *, dtype: mx
     words = mx.stack(rows, axis=-1).reshape(inputs // per_word, -1).T
     zeros = _values(qzeros, 4).reshape(*qzeros.shape, per_word)
     zeros = zeros[..., mx.array([_AWQ_ORDER.index(row) for row in range(per_word)])].reshape(qzeros.shape[0], -1)
-    return _affine(words, scales.T, zeros.T, None, bits=4, dtype=dtype)
+    return _affine(words, scales.T, zeros.T, bits=4, dtype=dtype)
 
 
 def from_gptq(
@@ -60,6 +71,7 @@ def from_gptq(
     bits: int,
     symmetric: bool,
     zeros_are_one_less: bool,
+    reordered: bool,
     dtype: mx.Dtype,
 ) -> Affine:
     """qweight [inputs * bits / 32, rows], qzeros [groups, rows * bits / 32], scales [groups, rows], g_idx [inputs].
@@ -71,11 +83,12 @@ def from_gptq(
     qzeros = qzeros.view(mx.uint32)
     if zeros_are_one_less:
         qzeros = qzeros + mx.array(sum(1 << place for place in range(0, _WORD_BITS, bits)), mx.uint32)
-    zeros = _values(qzeros, bits).T
-    if symmetric and not bool(mx.all(zeros == 1 << (bits - 1))):
-        raise ModelError(_OTHER_ZEROS)
-    words = qweight.view(mx.uint32).T
-    return _affine(words, scales.T, None if symmetric else zeros, g_idx, bits=bits, dtype=dtype)
+    zeros = None if symmetric else _values(qzeros, bits).T
+    matrix = _affine(qweight.view(mx.uint32).T, scales.T, zeros, bits=bits, dtype=dtype)
+    if symmetric:
+        halves = sum(1 << place for place in range(bits - 1, _WORD_BITS, bits))
+        matrix = replace(matrix, doubts=(Doubt(mx.all(qzeros == mx.array(halves, mx.uint32)), _OTHER_ZEROS),))
+    return matrix if g_idx is None else _ordered(matrix, g_idx, scales.shape[0], bits, reordered=reordered)
 
 
 def from_pack_quantized(
@@ -85,6 +98,7 @@ def from_pack_quantized(
     weight_g_idx: mx.array | None,
     *,
     bits: int,
+    reordered: bool,
     dtype: mx.Dtype,
 ) -> Affine:
     """weight_packed [rows, inputs * bits / 32], weight_scale [rows, groups], weight_g_idx [inputs].
@@ -95,32 +109,22 @@ def from_pack_quantized(
     zeros = None
     if weight_zero_point is not None:
         zeros = _values(weight_zero_point.T, bits)[:, : weight_scale.shape[0]].T
-    if weight_g_idx is not None and bool(mx.all(weight_g_idx == -1)):
-        weight_g_idx = None  # as written for a matrix that was never reordered
-    return _affine(weight_packed.view(mx.uint32), weight_scale, zeros, weight_g_idx, bits=bits, dtype=dtype)
+    matrix = _affine(weight_packed.view(mx.uint32), weight_scale, zeros, bits=bits, dtype=dtype)
+    if weight_g_idx is None:
+        return matrix
+    return _ordered(matrix, weight_g_idx, weight_scale.shape[1], bits, reordered=reordered)
 
 
-def _affine(
-    words: mx.array,
-    scales: mx.array,
-    zeros: mx.array | None,
-    g_idx: mx.array | None,
-    *,
-    bits: int,
-    dtype: mx.Dtype,
-) -> Affine:
+def _affine(words: mx.array, scales: mx.array, zeros: mx.array | None, *, bits: int, dtype: mx.Dtype) -> Affine:
     """Without zeros they are half the range: a power of two, so that the biases fit the scales' type."""
     if zeros is None and scales.dtype == dtype:
         biases = scales * -(1 << (bits - 1))
     else:
         scales = scales.astype(mx.float32)
         biases = -scales * (1 << (bits - 1) if zeros is None else zeros)
-    inputs = None if g_idx is None else _order(g_idx, scales.shape[1])
-    if inputs is not None:
-        words = _packed(_values(words, bits)[:, inputs], bits)
     columns = words.shape[1] * _WORD_BITS // bits
     repeats = _repeats(columns // scales.shape[1])
-    return Affine(words, mx.repeat(scales, repeats, axis=1), mx.repeat(biases, repeats, axis=1), inputs)
+    return Affine(words, mx.repeat(scales, repeats, axis=1), mx.repeat(biases, repeats, axis=1))
 
 
 def _repeats(width: int) -> int:
@@ -131,19 +135,19 @@ def _repeats(width: int) -> int:
     raise ModelError(f"MLX computes with groups of 32 columns and multiples of it; these have {width}")
 
 
-def _order(g_idx: mx.array, count: int) -> mx.array | None:
-    """The columns with those of each group side by side, given the group of each column (`desc_act`)."""
+def _ordered(matrix: Affine, g_idx: mx.array, count: int, bits: int, *, reordered: bool) -> Affine:
+    """The matrix with the columns of each group side by side, given the group of each column."""
     width = g_idx.size // count
     in_order = mx.repeat(mx.arange(count, dtype=g_idx.dtype), width)
-    if mx.array_equal(g_idx, in_order):
-        return None
-    inputs = mx.argsort(g_idx)
-    if not mx.array_equal(g_idx[inputs], in_order):
-        raise ModelError(
-            f"expected {width} columns in each of {count} groups, found g_idx from {g_idx.min()} to {g_idx.max()} in "
-            "other numbers; download the model again"
-        )
-    return inputs
+    # As compressed-tensors writes it for a matrix whose columns stayed where they were.
+    groups = mx.where(mx.all(g_idx == -1), in_order, g_idx)
+    if not reordered:
+        return replace(matrix, doubts=(*matrix.doubts, Doubt(mx.array_equal(groups, in_order), _OTHER_ORDER)))
+    inputs = mx.argsort(groups)
+    words = _packed(_values(matrix.words, bits)[:, inputs], bits)
+    message = f"expected {width} columns in each of {count} groups, found g_idx with other numbers; download it again"
+    doubt = Doubt(mx.array_equal(groups[inputs], in_order), message)
+    return replace(matrix, words=words, inputs=inputs, doubts=(*matrix.doubts, doubt))
 
 
 def _values(words: mx.array, bits: int) -> mx.array:

@@ -19,25 +19,38 @@ from mlx_lm.utils import infer_quant_config
 from cluster.errors import ModelError
 from cluster.models.checkpoint import Checkpoint, StoredTensor
 from cluster.models.families import family_of
+from cluster.models.formats import read_quantization
+from cluster.models.integer_shapes import INTEGER_PACKINGS
 from cluster.models.layout import Layer, Part, canonical_name, owned_tensors, part_of, within_layer
+from cluster.models.matrices import read_matrices
 from cluster.models.quantising import GROUP
 from cluster.types import DType
 from node.engine import AwaitTensors, LoadProgress, Progress, StageSpec
 from node.engines.mlx.arguments import Arguments
 from node.engines.mlx.experts import in_stacks
 from node.engines.mlx.families import MlxFamily
+from node.engines.mlx.integers import confirm, in_affine_form, make_exact, take_out_biases, with_experts_stacked
 from node.engines.mlx.quantising import pack_rows, unpack_rows
+from node.engines.mlx.repack import Doubt
 from node.engines.mlx.slicing import SlicedModel, build_model
 from node.engines.mlx.tensors import MLX_DTYPES
 
-_READABLE = frozenset({DType.F32, DType.F16, DType.BF16, DType.U32, DType.U8})
-"""Parameters, and the packed matrices and scales of MLX's own formats."""
+_READABLE = frozenset({DType.F32, DType.F16, DType.BF16, DType.U32, DType.U8, DType.I32, DType.I64})
+"""Parameters, the packed matrices and scales of MLX's own formats, and the integers of others."""
 
 _QUANTIZATION = frozenset({"group_size", "bits", "mode"})
 """Settings for all layers; other keys of `quantization` name a layer."""
 
-_MXFP4 = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
-"""What a configuration of transformers means that names the format and no more."""
+_INTEGERS = {"group_size": 32, "bits": 4}
+"""Wherever integers came from they are in MLX's form now, and each matrix tells its own bits and groups."""
+
+_OF_OTHERS: Mapping[str, Mapping[str, object]] = {
+    "mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+    "awq": _INTEGERS,
+    "gptq": _INTEGERS,
+    "compressed-tensors": _INTEGERS,
+}
+"""What configurations of others mean in MLX's words."""
 
 
 def load_slice(
@@ -46,20 +59,31 @@ def load_slice(
     """The stage's part of the model with its weights in memory, and the bytes that they take."""
     owned = owned_tensors(checkpoint, spec.layers, spec.layer_count)
     model = build_model(arguments)
-    dtype = MLX_DTYPES[spec.boundary[0].dtype]
-    lazy = _in_order_of_mlx(_lazy_tensors(checkpoint.folder, owned), arguments.family)
+    where, dtype = str(checkpoint.folder), MLX_DTYPES[spec.boundary[0].dtype]
+    stated = read_quantization(checkpoint.config, where)
+    integers = stated if stated is not None and stated.kind in INTEGER_PACKINGS else None
+    lazy, doubts = _lazy_tensors(checkpoint.folder, owned), list[Doubt]()
+    if integers is not None:
+        lazy, doubts = in_affine_form(lazy, read_matrices(owned, integers, where).values(), integers, dtype)
+    lazy = _in_order_of_mlx(lazy, arguments.family)
     if spec.bits is not None:
-        family, _ = family_of(checkpoint.config, str(checkpoint.folder))
+        family, _ = family_of(checkpoint.config, where)
         lazy = pack_rows(lazy, family, spec.bits, dtype)
     weights = _sanitised(model, lazy, _witness(checkpoint, arguments.family, lazy))
+    if integers is not None:
+        weights = with_experts_stacked(weights, lazy)
     del lazy  # else every expert would outlive the stack that it was copied to
     if spec.bits is not None:
         weights = unpack_rows(weights, spec.bits, dtype)
     sliced = SlicedModel(model, arguments, spec.layers, dtype)
     _quantise(model, weights, checkpoint, spec.bits)
+    if integers is not None:
+        make_exact(model, weights, dtype)
+        doubts += take_out_biases(weights, dict(tree_flatten(model.parameters())))
     _check(model, weights, spec)
     total_bytes = sum(array.nbytes for array in weights.values())
     _read(model, weights, total_bytes, progress, _Arriving(owned, spec.await_tensors))
+    confirm(doubts)
     sliced.seal()
     # Rotation frequencies are arrays as well, in no file and no parameter; nothing may stay unevaluated, because
     # MLX would tie it to this thread.
@@ -127,9 +151,9 @@ def _quantise(model: nn.Module, weights: Mapping[str, mx.array], checkpoint: Che
         stated = {"group_size": GROUP, "bits": bits}
     if not stated:
         return
-    if isinstance(stated, dict) and stated.get("quant_method") == "mxfp4":
-        stated = _MXFP4
-    if not isinstance(stated, dict) or "group_size" not in stated or "bits" not in stated:
+    if isinstance(stated, dict):
+        stated = _OF_OTHERS.get(str(stated.get("quant_method")), stated)
+    if not isinstance(stated, Mapping) or "group_size" not in stated or "bits" not in stated:
         raise ModelError(f"{checkpoint.folder}: expected quantization with group_size and bits, found {stated!r:.80}")
     overrides = {canonical_name(f"{path}.weight"): how for path, how in stated.items() if path not in _QUANTIZATION}
 
