@@ -25,6 +25,7 @@ from cluster.errors import DoesNotFit, UsageError
 from cluster.models.checkpoint import Checkpoint, open_checkpoint
 from cluster.models.facts import ModelFacts, read_facts
 from cluster.models.families import family_of
+from cluster.models.formats import MLX_MODES
 from cluster.models.manifest import build_manifest
 from cluster.models.quantising import check_bits
 from cluster.placement import stage_cost
@@ -160,7 +161,8 @@ def _best_device(facts: ModelFacts) -> Device:
 def _reference(facts: ModelFacts) -> Device:
     """transformers on the processor, whose arithmetic no driver and no fast kernel changes; where it is not
     installed or cannot read the checkpoint, mlx-lm where MLX runs best."""
-    if Backend.TORCH in facts.backends & read_machine().engines:
+    by_mlx = facts.quantization is not None and facts.quantization.kind in MLX_MODES
+    if not by_mlx and Backend.TORCH in facts.backends & read_machine().engines:
         return detect_devices(Backend.TORCH, "cpu")[0]
     return detect_devices(Backend.MLX)[0]
 

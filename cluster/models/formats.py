@@ -36,11 +36,11 @@ class Packing(enum.StrEnum):
 
 READERS: Mapping[Packing, frozenset[Backend]] = {
     Packing.NONE: frozenset(Backend),
-    Packing.AFFINE: frozenset({Backend.MLX}),
-    Packing.MXFP4: frozenset({Backend.MLX}),
+    Packing.AFFINE: frozenset(Backend),
+    Packing.MXFP4: frozenset(Backend),
     Packing.MXFP8: frozenset({Backend.MLX}),
     Packing.NVFP4: frozenset({Backend.MLX}),
-    Packing.FP8: frozenset(),
+    Packing.FP8: frozenset({Backend.TORCH}),
     Packing.AWQ: frozenset({Backend.MLX}),
     Packing.GPTQ: frozenset({Backend.MLX}),
     Packing.INTEGERS: frozenset({Backend.MLX}),
@@ -60,7 +60,8 @@ def readable_formats(backend: Backend, device: str) -> frozenset[Format]:
 PACKED_IN_MEMORY: Mapping[Packing, frozenset[Backend]] = READERS
 """The engines in whose memory a packing takes what it takes on disk; others unpack it when they load."""
 
-_MLX_MODES = frozenset({Packing.AFFINE, Packing.MXFP4, Packing.MXFP8, Packing.NVFP4})
+MLX_MODES = frozenset({Packing.AFFINE, Packing.MXFP4, Packing.MXFP8, Packing.NVFP4})
+"""What MLX packs; transformers, for one, cannot read it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ def _of_integers(kind: Packing, stated: Integers) -> Quantization:
 
 def _of_mlx(found: Mapping[str, object], where: str) -> Quantization:
     mode = found.get("mode", Packing.AFFINE)
-    if not isinstance(mode, str) or mode not in _MLX_MODES:
+    if not isinstance(mode, str) or mode not in MLX_MODES:
         raise _unread(mode, where)
     if len(found) > _OVERRIDES_MAX:
         raise ModelError(f"{where}: expected settings for at most {_OVERRIDES_MAX} matrices, found {len(found)}")

@@ -65,6 +65,11 @@ class Matrix:
         return readers
 
     @property
+    def used(self) -> tuple[StoredTensor, ...]:
+        """What an engine reads of it."""
+        return tuple(tensor for role, tensor in self.tensors.items() if role is not Role.INPUTS)
+
+    @property
     def stored_bytes(self) -> int:
         return sum(tensor.size_bytes for tensor in self.tensors.values())
 
@@ -80,7 +85,7 @@ class Matrix:
                 )
                 order = self.tensors[Role.ORDER].size_bytes if self.reordered else 0
                 return self.values.size_bytes + pairs + order
-            return sum(tensor.size_bytes for role, tensor in self.tensors.items() if role is not Role.INPUTS)
+            return sum(tensor.size_bytes for tensor in self.used)
         return prod(self.shape) * dtype.size_bytes
 
 

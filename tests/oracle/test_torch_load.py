@@ -194,8 +194,7 @@ def test_a_missing_expert_is_named(checkpoint: Checkpoints, tmp_path: Path) -> N
     [
         ("llama", {"model_type": "mamba"}, "mamba"),
         ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
-        ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "MLX"),
-        ("llama", {"quantization": {"bits": 4, "group_size": 64}}, "MLX"),
+        ("llama", {"quantization_config": {"quant_method": "bitsandbytes", "bits": 4}}, "which Potluck does not read"),
         ("llama", {"num_hidden_layers": 7}, "7"),
         ("llama", {"hidden_size": 72}, r"config.json says \[\(72,\)\]"),
         ("llama", {"hidden_size": "wide"}, "config.json is damaged"),

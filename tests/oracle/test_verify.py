@@ -240,6 +240,8 @@ def test_the_command_names_the_wrong_layer_and_ends_with_1(
 
 
 def test_a_backend_that_cannot_run_the_model_is_refused(checkpoint: Checkpoints, tmp_path: Path) -> None:
-    packed = with_config(checkpoint("llama"), tmp_path / "packed", quantization={"group_size": 32, "bits": 4})
+    packed = with_config(
+        checkpoint("llama"), tmp_path / "packed", quantization={"group_size": 16, "bits": 4, "mode": "nvfp4"}
+    )
     with pytest.raises(UsageError, match="runs on mlx alone, not on torch"):
         verify_command(VerifyCommand(str(packed), "2", "torch", TOKENS, state=tmp_path / "state"))

@@ -131,12 +131,12 @@ def packed_tensors() -> Tensors:
     return tensors
 
 
-def test_packed_by_mlx_runs_on_mlx_alone_and_stays_packed(tmp_path: Path) -> None:
+def test_packed_by_mlx_runs_on_both_engines_and_stays_packed(tmp_path: Path) -> None:
     config = paper_config("llama") | {"quantization": {"bits": 4, "group_size": 8}}
     facts = facts_of(tmp_path, config, packed_tensors())
-    assert facts.backends == {Backend.MLX}
+    assert facts.backends == set(Backend)
     assert facts.quantization == Quantization(Packing.AFFINE, 4, 8)
-    assert facts.layers[0].resident_bytes == {Backend.MLX: (LLAMA_LAYER - 2 * HIDDEN) + 2 * 2 * HIDDEN}
+    assert facts.layers[0].resident_bytes == dict.fromkeys(Backend, (LLAMA_LAYER - 2 * HIDDEN) + 2 * 2 * HIDDEN)
     assert facts.dtype == DType.F16
     assert facts.embedding_bytes == VOCABULARY * HIDDEN
 

@@ -213,8 +213,8 @@ def test_an_engine_that_cannot_honour_a_setting_is_left_out(tmp_path: Path, monk
     config = paper_config("llama") | {"sliding_window": 8}
     assert facts_of(tmp_path / "one", config, paper_tensors("llama")).backends == {Backend.TORCH}
     assert facts_of(tmp_path / "both", paper_config("llama"), paper_tensors("llama")).backends == set(Backend)
-    packed = config | {"quantization": {"bits": 4, "group_size": 8}}
-    assert "no engine runs Llama stored as affine; torch computes" in refusal(
+    packed = config | {"quantization": {"bits": 4, "group_size": 16, "mode": "nvfp4"}}
+    assert "no engine runs Llama stored as nvfp4; torch computes" in refusal(
         tmp_path / "none", packed, paper_tensors("llama")
     )
 

@@ -124,10 +124,10 @@ def test_offers_the_most_users_that_fit() -> None:
     assert "3 at once instead of 8 (--users 3)" in message
 
 
-def test_offers_fewer_bits_only_where_mlx_runs() -> None:
+def test_offers_fewer_bits_only_where_they_are_read() -> None:
     big = model([GIB] * 8, kv=0)
-    assert "fewer" not in (message := refusal(big, [node("a", 6 * GIB)], Ask(8)))
-    assert "bits" not in message
+    plain = frozenset({Format(Packing.NONE), HALF_EXPERTS})
+    assert "bits" not in refusal(big, [node("a", 6 * GIB, formats=plain)], Ask(8))
     message = refusal(big, [node("a", 6 * GIB, backend=Backend.MLX)], Ask(8))
     assert "--bits 8 (about 4.2 GiB of weights)" in message
     message = refusal(big, [node("a", 3 * GIB, backend=Backend.MLX)], Ask(8))
@@ -149,9 +149,9 @@ def test_a_packed_model_is_not_offered_in_the_bits_that_it_has() -> None:
 
 
 def test_the_size_in_fewer_bits_counts_the_scales() -> None:
-    assert in_fewer_bits(model([16_000]), 4).layers[0].resident_bytes == {Backend.MLX: 4_500}
+    assert in_fewer_bits(model([16_000]), 4).layers[0].resident_bytes == dict.fromkeys(Backend, 4_500)
     full = replace(model([32_000]), dtype=DType.F32)
-    assert in_fewer_bits(full, 8).layers[0].resident_bytes == {Backend.MLX: 8_500}
+    assert in_fewer_bits(full, 8).layers[0].resident_bytes == dict.fromkeys(Backend, 8_500)
 
 
 def test_an_automatic_context_is_refused_below_the_least_that_is_useful() -> None:
@@ -188,7 +188,7 @@ def test_more_stages_asked_for_than_layers() -> None:
 
 
 def test_machines_too_small_for_any_layer_are_said_to_be() -> None:
-    tiny = [node(name, BASE + 500) for name in "abcdefghijklmno"]
+    tiny = [node(name, BASE + 500, formats=frozenset({Format(Packing.NONE)})) for name in "abcdefghijklmno"]
     message = refusal(EQUAL, tiny, Ask(8, stages_min=6))
     assert "several of them are too small for even one layer" in message
     assert "No single change would make it fit" in message

@@ -66,7 +66,7 @@ class TorchEngine:
         if found != expected:
             raise ModelError(f"the plan's boundary is {found}; config.json says {expected}")
         tensors = owned_tensors(checkpoint, spec.layers, spec.layer_count)
-        weight_bytes = load_weights(sliced, spec, tensors, device, progress)
+        weight_bytes = load_weights(sliced, checkpoint, spec, tensors, device, progress)
         cache = KvCache(sliced.windows, spec.kv_tokens, spec.context_tokens, sliced.rewind)
         stage = _Loaded(spec, sliced, cache, device, weight_bytes)
         _rehearse(stage)

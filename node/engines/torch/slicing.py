@@ -162,12 +162,6 @@ def build_slice(checkpoint: Checkpoint, spec: StageSpec, dtype: torch.dtype, dev
 
 
 def _refuse_checkpoint(checkpoint: Checkpoint) -> None:
-    for key in ("quantization_config", "quantization"):
-        if checkpoint.config.get(key):
-            raise ModelError(
-                f"the checkpoint is quantised (config.json has {key!r}), which the torch engine does not unpack; "
-                "run an MLX 4-bit checkpoint on MLX nodes, or choose the unquantised model"
-            )
     name = architecture_of(checkpoint.config)
     if "architectures" in checkpoint.config and not name.endswith(_GENERATIVE):
         raise ModelError(f"config.json says {name}; expected a model that generates text ({', '.join(_GENERATIVE)})")

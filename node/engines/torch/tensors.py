@@ -12,6 +12,16 @@ from cluster.types import DType, HostTensor, TensorSpec
 TORCH_DTYPES = {DType.F32: torch.float32, DType.F16: torch.float16, DType.BF16: torch.bfloat16}
 """The element types that this engine computes in."""
 
+STORED_DTYPES = {
+    **TORCH_DTYPES,
+    DType.I64: torch.int64,
+    DType.I32: torch.int32,
+    DType.U32: torch.int32,  # codes are moved, never computed with as they are
+    DType.U8: torch.uint8,
+    DType.F8_E4M3: torch.uint8,
+}
+"""What the tensors of packed formats are read as."""
+
 
 def device_from(text: str) -> torch.device:
     """Turn `cpu`, `cuda`, `cuda:1` or `mps` into a torch device that exists here."""

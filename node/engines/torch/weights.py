@@ -1,122 +1,98 @@
-"""Filling a slice's parameters from safetensors files, straight from the disk to where they are used.
+"""Filling a slice from safetensors files, straight from the disk to where the numbers are used.
 
 Each tensor's bytes are read into its parameter's own memory, or through one small buffer when the parameter is
-on another device or of another type, so that a load never needs more than the slice. Before anything is read,
-every element of every parameter has its place in a file, and every tensor its parameter. Knows names, shapes
-and bytes; which tensors a stage owns is `cluster.models.layout`.
+on another device, of another type, or laid out otherwise, so that a load never needs more than the slice. Packed
+matrices stay packed. Before anything is read, every element of every parameter has its place in a file, and every
+tensor its parameter. Knows bytes; which tensors a stage owns is `cluster.models.layout`, where they go is `places`.
 """
 
 from __future__ import annotations
 
 import os
-import re
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from math import prod
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from cluster.errors import ModelError
-from cluster.models.checkpoint import StoredTensor
-from cluster.models.layout import Embedding, part_of
+from cluster.models.checkpoint import Checkpoint, StoredTensor
+from cluster.models.formats import Packing, read_quantization
+from cluster.models.matrices import read_matrices
 from cluster.quantities import MIB
 from node.engine import LoadProgress, Progress, StageSpec
+from node.engines.torch.packing import Slot, stand_ins
+from node.engines.torch.places import Place, find_places
 from node.engines.torch.slicing import SlicedModel, stored_tensors
-from node.engines.torch.tensors import TORCH_DTYPES, bytes_of
+from node.engines.torch.tensors import STORED_DTYPES, bytes_of
 
 _READ_BYTES = 8 * MIB
 """One read, one progress report; also the size of the buffer on the way to another device or type."""
 
-_EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<index>\d{1,6})\.(?P<part>gate|up|down)_proj\.weight")
-"""Checkpoints hold three tensors per expert; `transformers` stacks all of a layer's into two parameters."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a stored tensor goes: a whole parameter, or one expert's part of a stacked one."""
-
-    tensor: StoredTensor
-    parameter: str
-    expert: int | None = None
-    half: int | None = None  # gates are the first half of an expert's rows, ups the second
-
-    def region(self, parameter: torch.Tensor) -> torch.Tensor:
-        """The part of the parameter that the tensor fills; contiguous, sharing its memory."""
-        if self.expert is None:
-            return parameter
-        rows = parameter[self.expert]
-        return rows if self.half is None else rows.chunk(2)[self.half]
-
 
 def load_weights(
-    sliced: SlicedModel, spec: StageSpec, tensors: Sequence[StoredTensor], device: torch.device, progress: Progress
+    sliced: SlicedModel,
+    checkpoint: Checkpoint,
+    spec: StageSpec,
+    tensors: Sequence[StoredTensor],
+    device: torch.device,
+    progress: Progress,
 ) -> int:
     """Give every parameter memory on `device` and its values from `tensors`; returns the bytes they take."""
+    where = str(checkpoint.folder)
+    quantization = read_quantization(checkpoint.config, where)
+    matrices = read_matrices(tensors, quantization, where)
     meta = dict(stored_tensors(sliced.model))
-    places = _places(sliced, meta, tensors)
-    _check(places, sliced, meta)
+    plain, packed = _apart(find_places(sliced, meta, matrices.values(), checkpoint))
+    slots = [Slot.free(sliced.model, meta[name], name, places) for name, places in packed.items()]
+    _widen(sliced, plain)
     _materialise(sliced.model, device)
     parameters = dict(stored_tensors(sliced.model))
-    done_bytes, total_bytes = 0, sum(tensor.size_bytes for tensor in tensors)
-    progress(LoadProgress(done_bytes, total_bytes))
-    buffer = torch.empty(_READ_BYTES, dtype=torch.uint8)
-    for place in sorted(places, key=lambda place: (place.tensor.file, place.tensor.begin)):  # as they arrive
-        spec.await_tensors((place.tensor.name,))
-        for count in _fill(place.region(parameters[place.parameter]), place.tensor, spec.folder, buffer):
-            done_bytes += count
-            progress(LoadProgress(done_bytes, total_bytes))
-    return sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
+    used = [tensor for matrix in matrices.values() for tensor in matrix.used]
+    reader = _Reader(spec, device, progress, sum(tensor.size_bytes for tensor in used))
+    jobs: list[Place | Slot] = [*plain, *slots]
+    for place in sorted(jobs, key=_begins):  # as they arrive
+        if isinstance(place, Slot):
+            place.fill(sliced, quantization, reader.read)
+            continue
+        parameter = parameters[place.parameter]
+        reader.fill(place.view(parameter), place.matrix.values)
+        if place.less:
+            parameter.sub_(place.less)
+    return sum(tensor.nbytes for tensor in parameters.values()) + sum(item.nbytes for item in stand_ins(sliced.model))
 
 
-def _places(sliced: SlicedModel, parameters: dict[str, torch.Tensor], tensors: Sequence[StoredTensor]) -> list[_Place]:
-    places = []
-    for tensor in tensors:
-        name = sliced.local_name(tensor.name)
-        match = _EXPERT.fullmatch(name)
-        stack = "down_proj" if match and match["part"] == "down" else "gate_up_proj"
-        if name in parameters:
-            places.append(_Place(tensor, name))
-        elif isinstance(part_of(tensor.name), Embedding) and "lm_head.weight" in parameters:
-            places.append(_Place(tensor, "lm_head.weight"))  # a tied head without the embedding
-        elif match and (stacked := f"{match['experts']}.{stack}") in parameters:
-            half = {"gate": 0, "up": 1, "down": None}[match["part"]]
-            places.append(_Place(tensor, stacked, int(match["index"]), half))
-        else:
-            raise ModelError(f"{tensor.file} holds {tensor.name!r}, which {_class_name(sliced)} has no place for")
-    return places
+def _begins(place: Place | Slot) -> tuple[str, int]:
+    """Where the first of its values lie."""
+    places = place.places if isinstance(place, Slot) else (place,)
+    return min((other.matrix.values.file, other.matrix.values.begin) for other in places)
 
 
-def _check(places: Sequence[_Place], sliced: SlicedModel, parameters: dict[str, torch.Tensor]) -> None:
-    """Types and shapes agree, and every element of every parameter is filled exactly once."""
-    filled: Counter[str] = Counter()
+def _apart(places: Sequence[Place]) -> tuple[list[Place], dict[str, list[Place]]]:
+    """The places of plain tensors, and for each packed parameter its own."""
+    plain: list[Place] = []
+    packed: dict[str, list[Place]] = defaultdict(list)
     for place in places:
-        tensor, parameter = place.tensor, parameters[place.parameter]
-        if tensor.dtype not in TORCH_DTYPES:
-            raise ModelError(
-                f"{tensor.name!r} is stored as {tensor.dtype}; the torch engine reads {', '.join(TORCH_DTYPES)}. "
-                "Run a quantised model on MLX nodes, or choose the unquantised one"
-            )
-        if place.expert is not None and place.expert >= parameter.shape[0]:
-            raise ModelError(
-                f"{tensor.name!r} is one expert more than the {parameter.shape[0]} that config.json states"
-            )
-        expected = tuple(place.region(parameter).shape)
-        if tensor.shape != expected:
-            raise ModelError(f"{tensor.name!r} has shape {tensor.shape}; config.json makes it {expected}")
-        filled[place.parameter] += prod(tensor.shape)
-    for name, parameter in parameters.items():
-        if filled[name] != parameter.numel():
-            missing = "is missing" if filled[name] == 0 else "is missing some experts"
-            raise ModelError(
-                f"{sliced.whole_name(name)!r} {missing}: {_class_name(sliced)} needs it, "
-                "and the model's files do not hold it; download the model again"
-            )
+        if place.matrix.packing is Packing.NONE:
+            plain.append(place)
+        else:
+            packed[place.parameter].append(place)
+    if both := {place.parameter for place in plain} & packed.keys():
+        raise ModelError(
+            f"the torch engine computes no {min(both)!r} of which a part is packed and another is not; "
+            "use another version of this model"
+        )
+    return plain, packed
 
 
-def _class_name(sliced: SlicedModel) -> str:
-    return type(sliced.model).__name__
+def _widen(sliced: SlicedModel, places: Sequence[Place]) -> None:
+    """Parameters whose values are shifted are float32, as their module computes: the shift rounds nothing then."""
+    for place in places:
+        if place.less:
+            owner, _, name = place.parameter.rpartition(".")
+            module = sliced.model.get_submodule(owner)
+            wide = torch.empty_like(getattr(module, name), dtype=torch.float32)
+            setattr(module, name, torch.nn.Parameter(wide, requires_grad=False))
 
 
 def _materialise(model: torch.nn.Module, device: torch.device) -> None:
@@ -133,27 +109,65 @@ def _materialise(model: torch.nn.Module, device: torch.device) -> None:
                 setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
 
 
-def _fill(region: torch.Tensor, tensor: StoredTensor, folder: Path, buffer: torch.Tensor) -> Iterator[int]:
-    """Read the tensor into `region`; yields the bytes of each read."""
-    stored = TORCH_DTYPES[tensor.dtype]
-    flat = region.view(-1)
-    direct = region.device.type == "cpu" and region.dtype == stored
-    size = tensor.dtype.size_bytes
-    step = _READ_BYTES // size
-    try:
-        descriptor = os.open(folder / tensor.file, os.O_RDONLY)
-    except OSError as error:
-        raise ModelError(f"{tensor.file} cannot be read ({error.strerror}); it holds {tensor.name!r}") from error
-    try:
-        for begin in range(0, flat.numel(), step):
-            part = flat[begin : begin + step]
-            landing = part if direct else buffer[: part.numel() * size].view(stored)
-            _read_exactly(descriptor, bytes_of(landing), tensor.begin + begin * size, tensor)
-            if not direct:
-                part.copy_(landing)
-            yield part.numel() * size
-    finally:
-        os.close(descriptor)
+@dataclass(slots=True)
+class _Reader:
+    """Bytes of files on their way to tensors."""
+
+    spec: StageSpec
+    device: torch.device
+    progress: Progress
+    total_bytes: int
+    done_bytes: int = 0
+    buffer: torch.Tensor = field(default_factory=lambda: torch.empty(_READ_BYTES, dtype=torch.uint8))
+
+    def __post_init__(self) -> None:
+        self.progress(LoadProgress(0, self.total_bytes))
+
+    def read(self, tensor: StoredTensor) -> torch.Tensor:
+        """The tensor as it is stored, on the device."""
+        if tensor.dtype not in STORED_DTYPES:
+            raise ModelError(
+                f"{tensor.name!r} is stored as {tensor.dtype}, which belongs to no packed format; download again"
+            )
+        result = torch.empty(tensor.shape, dtype=STORED_DTYPES[tensor.dtype], device=self.device)
+        self.fill(result, tensor)
+        return result
+
+    def fill(self, region: torch.Tensor, tensor: StoredTensor) -> None:
+        """Read the tensor into a region of the same shape."""
+        self.spec.await_tensors((tensor.name,))
+        try:
+            descriptor = os.open(self.spec.folder / tensor.file, os.O_RDONLY)
+        except OSError as error:
+            raise ModelError(f"{tensor.file} cannot be read ({error.strerror}); it holds {tensor.name!r}") from error
+        try:
+            self._fill(descriptor, region, tensor, tensor.begin)
+        finally:
+            os.close(descriptor)
+
+    def _fill(self, descriptor: int, region: torch.Tensor, tensor: StoredTensor, offset: int) -> None:
+        """From `offset` on, piece by piece: a region that is not contiguous has contiguous parts, or small ones."""
+        stored, size = STORED_DTYPES[tensor.dtype], tensor.dtype.size_bytes
+        direct = region.device.type == "cpu" and region.dtype == stored
+        pieces: tuple[torch.Tensor, ...]
+        if region.is_contiguous():
+            pieces = region.view(-1).split(self.buffer.numel() // size)
+        elif region.numel() * size <= self.buffer.numel():
+            pieces = (region,)
+        else:
+            for part in region:
+                self._fill(descriptor, part, tensor, offset)
+                offset += part.numel() * size
+            return
+        for piece in pieces:
+            count = piece.numel() * size
+            landing = piece if direct and piece.is_contiguous() else self.buffer[:count].view(stored).view(piece.shape)
+            _read_exactly(descriptor, bytes_of(landing), offset, tensor)
+            if landing is not piece:
+                piece.copy_(landing)
+            offset += count
+            self.done_bytes += count
+            self.progress(LoadProgress(self.done_bytes, self.total_bytes))
 
 
 def _read_exactly(descriptor: int, target: memoryview, offset: int, tensor: StoredTensor) -> None:

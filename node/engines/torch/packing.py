@@ -1,0 +1,100 @@
+"""Packed matrices in the place of a slice's parameters: whole ones, stacks of experts, and what expands latents.
+
+Knows no files and no formats; `layouts` reads them, matrix by matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cluster.models.formats import Quantization
+from node.engines.torch.int4 import in_order_of_kernel
+from node.engines.torch.latent import Halves
+from node.engines.torch.layouts import Read, read_packed
+from node.engines.torch.packed import Affine, Packed
+from node.engines.torch.places import Place, stack_of
+from node.engines.torch.products import Joined, Stack, Whole
+from node.engines.torch.slicing import SlicedModel
+
+StandIn = Whole | Stack | Halves
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A parameter that gives way to packed matrices, wherever the model uses it."""
+
+    name: str
+    parameter: torch.Tensor  # on the meta device
+    users: Sequence[tuple[torch.nn.Module, str]]
+    places: Sequence[Place]  # what to put there
+
+    @classmethod
+    def free(cls, model: torch.nn.Module, parameter: torch.Tensor, name: str, places: Sequence[Place]) -> Slot:
+        """Take the parameter out of the model."""
+        users = tuple(
+            (module, attribute)
+            for module in model.modules()
+            for attribute, value in module._parameters.items()
+            if value is parameter
+        )
+        for module, attribute in users:
+            del module._parameters[attribute]
+        return cls(name, parameter, users, places)
+
+    def fill(self, sliced: SlicedModel, quantization: Quantization | None, read: Read) -> None:
+        """Put in its place what the places hold."""
+        looks_up = [isinstance(module, torch.nn.Embedding) for module, _ in self.users]
+        is_expansion, is_halved = self.name.endswith("kv_b_proj.weight"), self.places[0].half is not None
+        # What expands latents is multiplied transposed too, which no kernel does; its halves are not.
+        is_multiplied = not all(looks_up) and (is_halved or not is_expansion)
+
+        def wholes(place: Place) -> list[Whole]:
+            matrices = read_packed(place.matrix, tuple(place.view(self.parameter).shape), quantization, read)
+            if is_multiplied:
+                return _multiplied(matrices, self.parameter.dtype, looked_up=any(looks_up))
+            return [Whole(matrix, self.parameter.dtype) for matrix in matrices]
+
+        stand_in: StandIn
+        if self.parameter.ndim == 3:
+            stand_in = _stack(sliced, self, wholes)
+        elif is_expansion and is_halved:
+            keys, values = (wholes(place) for place in sorted(self.places, key=lambda place: place.half or 0))
+            stand_in = Halves(keys, values)
+        else:
+            (stand_in,) = wholes(self.places[0])
+        for module, attribute in self.users:
+            setattr(module, attribute, stand_in)
+
+
+def stand_ins(model: torch.nn.Module) -> list[StandIn]:
+    """Everything that was put in the place of a parameter, each once."""
+    values = (value for module in model.modules() for value in vars(module).values())
+    return list({id(value): value for value in values if isinstance(value, StandIn)}.values())
+
+
+def _stack(sliced: SlicedModel, slot: Slot, wholes: Callable[[Place], list[Whole]]) -> Stack:
+    """The experts in order, each of one matrix or of its gates and ups."""
+    transposed, in_turns = stack_of(sliced, slot.name)
+    parts: dict[tuple[int, int | None], Whole] = {}
+    for place in slot.places:
+        for index, whole in enumerate(wholes(place), start=place.expert or 0):
+            parts[index, place.half] = whole
+    experts: list[Whole | Joined] = []
+    for index in range(slot.parameter.shape[0]):
+        if (index, None) in parts:
+            experts.append(parts[index, None])
+        else:
+            experts.append(Joined(parts[index, 0], parts[index, 1], in_turns=in_turns))
+    # Their other ways of computing gather whole stacks of weights.
+    sliced.model.config._experts_implementation = "eager"
+    return Stack(experts, transposed=transposed)
+
+
+def _multiplied(matrices: Sequence[Packed], dtype: torch.dtype, *, looked_up: bool) -> list[Whole]:
+    """In the form that is fastest for products."""
+    affine = [matrix for matrix in matrices if isinstance(matrix, Affine)]
+    ordered = in_order_of_kernel(affine, dtype, looked_up=looked_up) if len(affine) == len(matrices) else None
+    return [Whole(matrix, dtype) for matrix in ordered or matrices]

@@ -1,0 +1,171 @@
+"""Checkpoints as `mlx_lm.convert` writes them, on the torch engine: equal to transformers with the same numbers in
+full precision, alone and together with MLX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("mlx_lm", reason="the checkpoints are made by mlx-lm")
+
+import mlx.core as mx
+
+from cluster.models.checkpoint import open_checkpoint
+from cluster.models.facts import read_facts
+from cluster.placement import stage_cost
+from cluster.types import Backend
+from node.engines.mlx.engine import MlxEngine
+from node.engines.torch.engine import TorchEngine
+from node.engines.torch.packed import Affine
+from tests.checkpoints import make_checkpoint
+from tests.converted import convert, unconverted
+from tests.oracle.conftest import TOLERANCE
+from tests.oracle.pipelines import greedy, load_pipeline, ragged, run_prefill, stage_specs
+from tests.oracle.reference import LAST_TOKENS, Reference, WholeModel, assert_same, decisive_reference, random_prompt
+from tests.oracle.test_mlx_families import AS_MLX_LM_COMPUTES_THEM
+
+FAMILIES = ("llama", "gemma3", "qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_next", "qwen3_5", "lfm2", "phi3")
+"""Separate and fused matrices, tied heads, experts of three kinds, latents, and states."""
+
+Made = Callable[..., tuple[Path, Path]]
+Answers = Callable[..., Reference]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A converted checkpoint, and the same numbers as transformers stores them."""
+
+    @cache
+    def make(family: str, bits: int | None = 4, mode: str = "affine", **others: object) -> tuple[Path, Path]:
+        folder = tmp_path_factory.mktemp(family)
+        settings = {**AS_MLX_LM_COMPUTES_THEM.get(family, {}), **others}
+        plain = make_checkpoint(family, folder / "plain", **settings)
+        packed = convert(plain, folder / "packed", bits=bits, mode=mode)
+        return packed, unconverted(packed, folder / "unpacked")
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def answer(made: Made) -> Answers:
+    """A decisive continuation by transformers of the same numbers in full precision."""
+
+    @cache
+    def make(family: str, prompt_tokens: int = 40, bits: int | None = 4, mode: str = "affine") -> Reference:
+        whole = WholeModel(made(family, bits, mode)[1])
+        return decisive_reference(whole, prompt_tokens=prompt_tokens, count=LAST_TOKENS, tolerance=TOLERANCE)
+
+    return make
+
+
+@pytest.mark.parametrize("cuts", [(), (2, 4)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_packed_checkpoint_equals_transformers_on_the_unpacked_weights(
+    family: str, cuts: tuple[int, ...], made: Made, answer: Answers
+) -> None:
+    expected = answer(family)
+    specs = stage_specs(made(family)[0], cuts)
+    engines = load_pipeline([TorchEngine] * len(specs), specs)
+    assert_same(*greedy(engines, expected.prompt, len(expected.ids), chunks=(17,)), expected, tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize("makers", [(TorchEngine, MlxEngine), (MlxEngine, TorchEngine)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_packed_file_runs_on_both_engines_together(
+    family: str, makers: tuple[type, ...], made: Made, answer: Answers
+) -> None:
+    expected = answer(family)
+    engines = load_pipeline(makers, stage_specs(made(family)[0], (3,)))
+    assert_same(*greedy(engines, expected.prompt, len(expected.ids)), expected, tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_rows_of_a_ragged_batch_share_packed_experts(family: str, made: Made, answer: Answers) -> None:
+    expected = [answer(family, tokens) for tokens in (11, 40)]
+    engines = load_pipeline([TorchEngine] * 2, stage_specs(made(family)[0], (3,)))
+    found = ragged(engines, [reference.prompt for reference in expected], LAST_TOKENS)
+    for (ids, logits), reference in zip(found, expected, strict=True):
+        assert_same(ids, logits, reference, tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_converted_in_full_precision_is_read_as_well(family: str, made: Made) -> None:
+    converted, original = made(family, None)
+    prompt = random_prompt(30, seed=1)
+    expected = WholeModel(original).logits(prompt)[-1]
+    engines = load_pipeline([TorchEngine] * 2, stage_specs(converted, (3,)))
+    np.testing.assert_allclose(run_prefill(engines, prompt), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_every_width_and_group_of_mlx_is_computed(bits: int, group: int, tmp_path: Path) -> None:
+    plain = make_checkpoint("llama", tmp_path / "plain", layers=2, hidden_size=128)
+    packed = convert(plain, tmp_path / "packed", bits=bits, group=group)
+    prompt = random_prompt(20, seed=1)
+    expected = WholeModel(unconverted(packed, tmp_path / "unpacked")).logits(prompt)[-1]
+    found = run_prefill(load_pipeline([TorchEngine], stage_specs(packed, ())), prompt)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_matrices_with_more_bits_than_stated_are_computed(tmp_path: Path) -> None:
+    """Recipes give some matrices more bits, and say so only for these."""
+    plain = make_checkpoint("llama", tmp_path / "plain", layers=2)
+
+    def packs(path: str, module: object) -> dict[str, object]:
+        return {"group_size": 64, "bits": 6 if "down_proj" in path else 3}
+
+    packed = convert(plain, tmp_path / "packed", bits=3, group=64, packs=packs)
+    prompt = random_prompt(20, seed=1)
+    expected = WholeModel(unconverted(packed, tmp_path / "unpacked")).logits(prompt)[-1]
+    found = run_prefill(load_pipeline([TorchEngine], stage_specs(packed, ())), prompt)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stage_takes_what_the_plan_was_told(family: str, made: Made) -> None:
+    folder = made(family)[0]
+    facts = read_facts(open_checkpoint(folder))
+    for spec in stage_specs(folder, (2, 4)):
+        (engine,) = load_pipeline([TorchEngine], [spec])
+        told = stage_cost(facts, spec.layers, Backend.TORCH, context=1, users=1).weight_bytes
+        assert engine.capacity().weight_bytes == told
+
+
+MUTANTS = {
+    "a group's scale is its neighbour's": lambda m: Affine(m.codes, m.scales.roll(1, -1), m.biases, m.bits),
+    "no biases": lambda m: Affine(m.codes, m.scales, m.biases * 0, m.bits),
+    "a row's codes are its neighbour's": lambda m: Affine(m.codes.roll(1, 0), m.scales, m.biases, m.bits),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_fail(name: str, made: Made, answer: Answers, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = Affine.values
+    monkeypatch.setattr(Affine, "values", lambda matrix: values(MUTANTS[name](matrix)))
+    expected = answer("llama")
+    engines = load_pipeline([TorchEngine] * 2, stage_specs(made("llama")[0], (3,)))
+    with pytest.raises(AssertionError):
+        assert_same(*greedy(engines, expected.prompt, 8), expected, tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_moe"])
+def test_in_bfloat16_it_is_as_exact_as_transformers_on_the_unpacked_weights(family: str, tmp_path: Path) -> None:
+    """By the CPU's own kernel: compared with the same numbers in float32, whatever rounds them."""
+    plain = make_checkpoint(family, tmp_path / "plain", dtype="bfloat16")
+    packed = convert(plain, tmp_path / "packed", bits=4, group=64)
+    prompt = random_prompt(40, seed=1)
+    in_float32 = WholeModel(unconverted(packed, tmp_path / "exact")).in_float32().logits(prompt)
+    rounded = mx.load(str(tmp_path / "exact" / "model.safetensors"))
+    mx.save_safetensors(
+        str(tmp_path / "exact" / "model.safetensors"),
+        {name: array.astype(mx.bfloat16) for name, array in rounded.items()},  # type: ignore[union-attr]
+        {"format": "pt"},
+    )
+    theirs = WholeModel(tmp_path / "exact").logits(prompt)
+    ours = run_prefill(load_pipeline([TorchEngine], stage_specs(packed, ())), prompt)
+    assert np.abs(ours - in_float32[-1]).max() <= 1.5 * np.abs(theirs - in_float32).max()

@@ -1,0 +1,183 @@
+"""Packed matrices in torch's memory: the numbers that MLX unpacks, cut and gathered anywhere, and products as exact
+as the type allows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("mlx", reason="MLX packs the matrices")
+
+import mlx.core as mx
+from torch.nn.functional import embedding, linear
+
+from cluster.errors import ModelError
+from node.engines.torch import products
+from node.engines.torch.int4 import Int4, in_order_of_kernel
+from node.engines.torch.packed import Affine, Fp8, Mxfp4, Packed, gathered, rows_of
+from node.engines.torch.products import Joined, Stack, Whole
+
+ROWS, COLUMNS = 192, 256
+
+
+def in_torch(array: mx.array) -> torch.Tensor:
+    if array.dtype == mx.bfloat16:
+        return torch.from_numpy(np.array(array.view(mx.int16))).view(torch.bfloat16)
+    if array.dtype == mx.uint32:
+        return torch.from_numpy(np.array(array).view(np.uint8))
+    return torch.from_numpy(np.array(array))
+
+
+def random(*shape: int, offset: float = 0.0, seed: int = 0) -> mx.array:
+    return mx.array((np.random.default_rng(seed).normal(size=shape) + offset).astype(np.float32))
+
+
+def affine(bits: int = 4, group: int = 64, dtype: mx.Dtype = mx.float32, **others: Any) -> tuple[Affine, torch.Tensor]:
+    """A packed matrix, and its numbers as MLX unpacks them in float32."""
+    codes, scales, biases = mx.quantize(random(ROWS, COLUMNS, **others).astype(dtype), group_size=group, bits=bits)
+    exact = mx.dequantize(codes, scales.astype(mx.float32), biases.astype(mx.float32), group_size=group, bits=bits)
+    return Affine(in_torch(codes), in_torch(scales), in_torch(biases), bits), in_torch(exact)
+
+
+def mxfp4() -> tuple[Mxfp4, torch.Tensor]:
+    codes, scales = mx.quantize(random(ROWS, COLUMNS), group_size=32, bits=4, mode="mxfp4")
+    exact = mx.dequantize(codes, scales, group_size=32, bits=4, mode="mxfp4", dtype=mx.float32)
+    return Mxfp4(in_torch(codes), in_torch(scales)), in_torch(exact)
+
+
+def fp8(height: int, width: int) -> tuple[Fp8, torch.Tensor]:
+    """By torch's own conversion of each number."""
+    codes = in_torch(random(ROWS, COLUMNS)).to(torch.float8_e4m3fn)
+    scales = torch.rand(-(-ROWS // height), -(-COLUMNS // width)) + 0.5
+    whole = scales.repeat_interleave(height, 0)[:ROWS].repeat_interleave(width, 1)[:, :COLUMNS]
+    return Fp8(codes.view(torch.uint8), scales, block=width, height=height), codes.float() * whole
+
+
+PACKED: dict[str, Any] = {
+    **{f"affine {bits} bits": lambda bits=bits: affine(bits) for bits in (2, 3, 4, 5, 6, 8)},
+    "affine in groups of 32": lambda: affine(4, 32),
+    "affine with scales of 16 bits": lambda: affine(4, 128, mx.bfloat16),
+    "mxfp4": mxfp4,
+    "fp8 in blocks": lambda: fp8(128, 128),
+    "fp8 in blocks that do not fit": lambda: fp8(100, 120),
+    "fp8 by rows": lambda: fp8(1, COLUMNS),
+    "fp8 with one scale": lambda: fp8(ROWS, COLUMNS),
+}
+
+
+@pytest.fixture(params=PACKED)
+def packed(request: pytest.FixtureRequest) -> tuple[Packed, torch.Tensor]:
+    made: tuple[Packed, torch.Tensor] = PACKED[request.param]()
+    return made
+
+
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((found.float() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+
+
+def test_numbers_are_what_the_format_says(packed: tuple[Packed, torch.Tensor]) -> None:
+    matrix, exact = packed
+    assert torch.equal(matrix.values(), exact)
+
+
+def test_any_rows_are_the_same_numbers(packed: tuple[Packed, torch.Tensor]) -> None:
+    matrix, exact = packed
+    for first, last in ((0, 3), (97, 190), (128, 192)):
+        part = rows_of(matrix, first, last)
+        assert torch.equal(part.values(), exact[first:last])
+        assert torch.equal(rows_of(part, 1, 3).values(), exact[first + 1 : first + 3])
+        assert torch.equal(gathered(part, torch.tensor([2, 0])).values(), exact[[first + 2, first]])
+
+
+def test_products_unpack_some_rows_at_a_time(
+    packed: tuple[Packed, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_CHUNK_ELEMENTS", {"cpu": 50 * COLUMNS})
+    matrix, exact = packed
+    sizes: list[int] = []
+    values = type(matrix).values
+    monkeypatch.setattr(type(matrix), "values", lambda part: (sizes.append(part.rows), values(part))[1])
+    x, bias = in_torch(random(2, 3, COLUMNS, seed=1)), in_torch(random(ROWS, seed=2))
+    found = linear(x, Whole(matrix, torch.float32), bias)  # type: ignore[arg-type]
+    torch.testing.assert_close(found, linear(x, exact, bias), rtol=1e-5, atol=1e-4)
+    assert sizes == [50, 50, 50, 42]
+
+
+def test_rows_are_looked_up(packed: tuple[Packed, torch.Tensor]) -> None:
+    matrix, exact = packed
+    ids = torch.tensor([[3, 191], [0, 3]])
+    assert torch.equal(embedding(ids, Whole(matrix, torch.float32)), exact[ids])  # type: ignore[arg-type]
+
+
+def test_columns_may_be_packed_in_another_order() -> None:
+    matrix, exact = affine()
+    order = torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(0))
+    whole, x = Whole(matrix, torch.float32, order), in_torch(random(3, COLUMNS, seed=1))
+    in_order = torch.empty_like(exact)
+    in_order[:, order] = exact
+    torch.testing.assert_close(whole.product(x), x @ in_order.T, rtol=1e-5, atol=1e-4)
+    assert torch.equal(whole.unpacked(5, 9), in_order[5:9])
+
+
+@pytest.mark.parametrize("in_turns", [False, True])
+def test_experts_are_taken_out_of_a_stack_one_by_one(in_turns: bool) -> None:
+    (gate, gates), (up, ups) = affine(seed=1), affine(6, seed=2)
+    joined = Joined(Whole(gate, torch.float32), Whole(up, torch.float32), in_turns=in_turns)
+    x = in_torch(random(3, COLUMNS, seed=3))
+    exact = torch.stack((gates, ups), 1).flatten(0, 1) if in_turns else torch.cat((gates, ups))
+    stack = Stack([joined, joined], transposed=False)
+    assert stack.shape == (2, 2 * ROWS, COLUMNS)
+    torch.testing.assert_close(linear(x, stack[torch.tensor(1)]), x @ exact.T, rtol=1e-5, atol=1e-4)  # type: ignore[arg-type]
+    turned = Stack([joined], transposed=True)
+    assert turned.shape == (1, COLUMNS, 2 * ROWS)
+    torch.testing.assert_close(x @ turned[0], x @ exact.T, rtol=1e-5, atol=1e-4)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("function", [torch.relu, lambda w: w + 1, lambda w: torch.ones(2, ROWS) @ w])
+def test_any_other_function_is_refused_by_name(function: Any) -> None:
+    whole = Whole(affine()[0], torch.float32)
+    with pytest.raises((ModelError, TypeError), match=r"computes no .+ with packed weights|unsupported operand"):
+        function(whole)
+
+
+def kernel(matrix: Affine, *, looked_up: bool = False) -> Int4 | None:
+    copied = Affine(matrix.codes.clone(), matrix.scales, matrix.biases, matrix.bits)
+    found = in_order_of_kernel([copied], torch.bfloat16, looked_up=looked_up)
+    return found and found[0]
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("tokens", [1, 5, 70])
+def test_the_kernel_for_four_bits_is_as_exact_as_bfloat16(group: int, tokens: int) -> None:
+    matrix, numbers = affine(4, group, mx.bfloat16)
+    x = in_torch(random(tokens, COLUMNS, seed=1)).bfloat16()
+    exact = x.float() @ numbers.T
+    ordered = kernel(matrix)
+    assert ordered is not None
+    error = relative_error(linear(x, Whole(ordered, torch.bfloat16)), exact)  # type: ignore[arg-type]
+    assert error <= relative_error(linear(x, numbers.bfloat16()), exact)
+    assert sum(tensor.nbytes for tensor in ordered.tensors) == sum(
+        tensor.nbytes for tensor in (matrix.codes, matrix.scales, matrix.biases)
+    )
+
+
+def test_rows_are_looked_up_in_the_kernels_order() -> None:
+    """What is lost is the rounding of a group's zero."""
+    matrix, exact = affine(4, 64, mx.bfloat16)
+    ordered = kernel(matrix, looked_up=True)
+    assert ordered is not None
+    rows = torch.tensor([191, 0, 64, 100, 100])
+    assert relative_error(ordered.values(rows), exact[rows]) < 2**-9
+
+
+def test_what_the_kernel_would_lose_is_left_to_the_general_path() -> None:
+    """Weights far from zero, whose zeros are rounded more coarsely than their differences."""
+    assert kernel(affine(4, 64, mx.bfloat16, offset=40.0)[0]) is None
+
+
+@pytest.mark.parametrize("unfit", [affine(8)[0], rows_of(affine()[0], 0, 24)])
+def test_what_the_kernel_does_not_compute_is_left_to_the_general_path(unfit: Affine) -> None:
+    assert kernel(unfit) is None
