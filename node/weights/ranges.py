@@ -28,6 +28,10 @@ class Run:
     def end(self) -> int:
         return self.tensors[-1].end
 
+    @property
+    def size_bytes(self) -> int:
+        return self.end - self.begin
+
 
 def plan_runs(
     missing: Iterable[TensorRecord], received_bytes: Mapping[str, int], run_bytes_max: int = RUN_BYTES_MAX

@@ -1,12 +1,14 @@
 """Which source gets the next run of bytes, and whose run is taken back. Pure: told what was measured and when.
 
 The rule: each source has few runs in flight; the next run goes to the fastest one that has room, first of all to
-one that was not measured yet; and it is the run that the fewest others could deliver. When nothing is left to give,
-a source with room takes over what it would finish in less than half the time.
+one that was not measured yet; and it is the run that the fewest others could deliver. A slow source gets none that it
+would still be busy with when everything else is here. When nothing is left to give, a source with room takes over
+what it would finish in less than half the time.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +26,9 @@ _RUNS_PER_SUPPLIER = 8
 _TAKE_OVER_FACTOR = 2.0
 """So much faster must a source be to take over a run: it asks again for what was under way, and rates vary."""
 
+_LATE_FACTOR = 1.1
+"""Rates vary; and what is late by a little is better begun than taken over."""
+
 _SMOOTHING = 0.5  # of each new measurement in the rate: links change within seconds
 
 
@@ -35,6 +40,7 @@ class Supplier:
     holds: Collection[str] | None  # names of tensors; None for all of them
     rate_bytes_s: float | None = None
     in_flight: int = 0
+    left_bytes: int = 0  # of what is in flight
     left_out: bool = False
 
     def can_deliver(self, run: Run) -> bool:
@@ -62,12 +68,29 @@ def split(missing: Iterable[TensorRecord], received_bytes: dict[str, int], suppl
 
 
 def choose(suppliers: Sequence[Supplier], pending: Sequence[Run]) -> tuple[Supplier, Run] | None:
-    """Who gets which run now; None when nobody with room can deliver any."""
+    """Who gets which run now; None when nobody with room can deliver any, or none that would not be late."""
+    end_s = _end_s(suppliers, pending)
     for supplier in sorted((s for s in suppliers if _has_room(s, suppliers)), key=_preference):
-        runs = [run for run in pending if supplier.can_deliver(run)]
+        runs = [run for run in pending if supplier.can_deliver(run) and not _is_late(supplier, run, suppliers, end_s)]
         if runs:
             return supplier, min(runs, key=lambda run: sum(s.can_deliver(run) for s in suppliers))
     return None
+
+
+def _end_s(suppliers: Sequence[Supplier], pending: Sequence[Run]) -> float:
+    """When everything would be here if all sources were busy to the end."""
+    useful = [s for s in suppliers if not s.left_out]
+    left_bytes = sum(run.size_bytes for run in pending) + sum(s.left_bytes for s in useful)
+    rate_bytes_s = sum(s.rate_bytes_s or 0.0 for s in useful)
+    return left_bytes / rate_bytes_s if rate_bytes_s else math.inf
+
+
+def _is_late(supplier: Supplier, run: Run, suppliers: Sequence[Supplier], end_s: float) -> bool:
+    """Whether the run would end after everything else, though a faster source could deliver it."""
+    rate_bytes_s = supplier.rate_bytes_s
+    if rate_bytes_s is None or (supplier.left_bytes + run.size_bytes) <= rate_bytes_s * end_s * _LATE_FACTOR:
+        return False
+    return any((other.rate_bytes_s or 0.0) > rate_bytes_s and other.can_deliver(run) for other in suppliers)
 
 
 def taken_back(suppliers: Sequence[Supplier], running: Iterable[tuple[Supplier, Run]]) -> Run | None:

@@ -39,12 +39,22 @@ class InThread(Protocol):
     async def __call__(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T: ...
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Job:
     source: Source
     supplier: Supplier
     run: Run
     began_s: float
+    came_bytes: int = 0
+
+    def came(self, count: int) -> None:
+        self.came_bytes += count
+        self.supplier.left_bytes -= count
+
+    def over(self) -> None:
+        """However it ended, nothing more comes of it."""
+        self.supplier.in_flight -= 1
+        self.supplier.left_bytes -= self.run.size_bytes - self.came_bytes
 
 
 class Transfer:
@@ -87,7 +97,7 @@ class Transfer:
                 if clock() - measured_s >= _TICK_S:
                     self._measure(clock() - measured_s)
                     measured_s = clock()
-                    await self._take_back()
+                await self._take_back()
         finally:
             await self._end(tuple(self._running))
         for supplier, source in self._sources.items():
@@ -106,11 +116,12 @@ class Transfer:
             self._pending.remove(run)
             source = self._sources[supplier]
             supplier.in_flight += 1
+            supplier.left_bytes += run.size_bytes
             job = _Job(source, supplier, run, asyncio.get_running_loop().time())
-            self._running[asyncio.create_task(self._get_run(source, run))] = job
+            self._running[asyncio.create_task(self._get_run(job))] = job
 
     async def _finish(self, task: asyncio.Task[list[TensorRecord]], job: _Job) -> None:
-        job.supplier.in_flight -= 1
+        job.over()
         try:
             bad = task.result()
         except asyncio.CancelledError:
@@ -122,7 +133,7 @@ class Transfer:
             self._plan(job.run.tensors)
         else:
             if job.supplier.rate_bytes_s is None:
-                job.supplier.measured(job.run.end - job.run.begin, asyncio.get_running_loop().time() - job.began_s)
+                job.supplier.measured(job.run.size_bytes, asyncio.get_running_loop().time() - job.began_s)
             for tensor in bad:
                 await self._arrived_wrong(tensor, job)
 
@@ -146,7 +157,7 @@ class Transfer:
         await self._end(tasks)
         for task in tasks:
             job = self._running.pop(task)
-            supplier.in_flight -= 1
+            job.over()
             partial = [tensor for tensor in job.run.tensors if not self._store.is_verified(tensor)]
             marks = [Mark(tensor.name, 0, verified=False) for tensor in partial]
             await self._in_thread(self._store.journal.append, marks)
@@ -171,14 +182,16 @@ class Transfer:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _get_run(self, source: Source, run: Run) -> list[TensorRecord]:
+    async def _get_run(self, job: _Job) -> list[TensorRecord]:
+        run = job.run
         writer = await self._in_thread(RunWriter, self._store, run)
         counted = 0
         try:
             await self._in_thread(writer.resume)
             counted += self._count(run.skip_bytes)
-            async with contextlib.aclosing(source.read(run.file, run.begin, run.end)) as pieces:
+            async with contextlib.aclosing(job.source.read(run.file, run.begin, run.end)) as pieces:
                 async for piece in pieces:
+                    job.came(len(piece))
                     await self._in_thread(writer.write, piece)
                     counted += self._count(len(piece))
         finally:

@@ -55,7 +55,7 @@ class Lan:
     """Machines by name. Made by `lan()`."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        self._prefix = f"pl{secrets.token_hex(3)}"
+        self.name = self._prefix = f"pl{secrets.token_hex(3)}"
         self._numbers = {name: number for number, name in enumerate(names, start=1)}
         self._processes: list[subprocess.Popen[Any]] = []
         self._files = contextlib.ExitStack()
@@ -107,6 +107,11 @@ class Lan:
         for number in self._numbers.values():
             _ip("-n", self._switch, "link", "set", f"p{number}", "type", "bridge_slave",
                 "mcast_flood", "on" if carried else "off")  # fmt: skip
+
+    def set_rate(self, name: str, mbit_s: int) -> None:
+        """How fast the machine can send; other machines see nothing of it but that."""
+        shaper = ["tbf", "rate", f"{mbit_s}mbit", "burst", "64kb", "latency", "50ms"]
+        _ip("netns", "exec", self._namespace(name), "tc", "qdisc", "replace", "dev", "eth0", "root", *shaper)
 
     def set_link(self, name: str, *, up: bool) -> None:
         """Pull the machine's cable, or plug it in again. The address survives."""

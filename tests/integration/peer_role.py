@@ -1,4 +1,4 @@
-"""A node's disk as a process of its own: `python -m tests.integration.peer_role STATE [PAUSE_S]`.
+"""A node's disk as a process of its own: `python -m tests.integration.peer_role STATE [PAUSE_S [HOST]]`.
 
 Serves what its store holds, tensors slowly, with PAUSE_S between pieces; its first line is its address. Then every line
 on standard input is a fetch, answered by lines of progress and one with the outcome.
@@ -62,14 +62,14 @@ async def _fetch(shelf: Shelf, order: dict[str, Any]) -> None:
         await asyncio.gather(channel.close(), *(peer.close() for peer in peers.values()))
 
 
-async def _main(state: str, pause_s: str = "0") -> None:
+async def _main(state: str, pause_s: str = "0", host: str = "127.0.0.1") -> None:
     shelf = Shelf(Path(state))
-    service = _Paced(shelf, float(pause_s))
+    service = _Paced(shelf, float(pause_s)) if float(pause_s) else share(shelf)
     server = create_server()
     rpc.add_WeightsServicer_to_server(service, server)
-    port = Credentials().bind(server, "127.0.0.1:0")
+    port = Credentials().bind(server, f"{host}:0")
     await server.start()
-    _say({"address": f"127.0.0.1:{port}"})
+    _say({"address": f"{host}:{port}"})
     while line := await asyncio.to_thread(sys.stdin.readline):
         await _fetch(shelf, json.loads(line))
     await server.stop(0)

@@ -32,7 +32,7 @@ def test_a_source_gets_only_what_it_holds() -> None:
 
 
 def test_the_fastest_source_with_room_comes_first() -> None:
-    slow, fast = _supplier("abc", rate=10), _supplier("abc", rate=100)
+    slow, fast = _supplier("abc", rate=60), _supplier("abc", rate=100)
     assert (choose([slow, fast], _RUNS[:3]) or ())[0] is fast
     fast.in_flight = 2
     assert (choose([slow, fast], _RUNS[:3]) or ())[0] is slow
@@ -66,6 +66,25 @@ def test_a_source_alone_gets_more_runs_at_a_time() -> None:
     coordinator, peer = _supplier(rate=1, in_flight=3), _supplier("", rate=1)
     assert choose([coordinator, peer], _RUNS) is None
     assert choose([coordinator], _RUNS) is not None
+
+
+def test_a_slow_source_gets_nothing_that_it_would_bring_after_everything_else() -> None:
+    fast, slow = _supplier("abcdefgh", rate=10 * MIB, in_flight=2), _supplier(rate=1 * MIB)
+    fast.left_bytes = 3 * _SIZE
+    # 24 MiB under way and 64 to give are here in 88 / 11 s = 8 s, which is what the slow one needs for a run.
+    assert choose([fast, slow], _RUNS) == (slow, _RUNS[0])
+    assert choose([fast, slow], _RUNS[:6]) is None
+    slow.left_bytes, fast.left_bytes = 1, 10 * _SIZE
+    assert choose([fast, slow], _RUNS[:6]) == (slow, _RUNS[0])
+    slow.left_bytes = _SIZE
+    assert choose([fast, slow], _RUNS[:6]) is None  # it has something to do for all that time
+
+
+def test_a_slow_source_gets_what_nobody_faster_holds_however_late_it_comes() -> None:
+    fast, slow = _supplier("ab", rate=10 * MIB), _supplier(rate=1)
+    assert choose([fast, slow], _RUNS[2:3]) == (slow, _RUNS[2])
+    fast.left_out = True
+    assert choose([fast, slow], _RUNS[:1]) == (slow, _RUNS[0])
 
 
 def test_a_source_with_room_takes_over_what_it_would_finish_in_less_than_half_the_time() -> None:
