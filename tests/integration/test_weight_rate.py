@@ -16,7 +16,7 @@ from node.weights.shelf import Shelf
 from tests.integration.netns import Lan, lan, require_lan
 from tests.stored_weights import SourceModel
 
-_MBIT_S = {"fast": 200, "slow": 50}
+_MBIT_S = {"fast": 150, "slow": 75}
 """Little, so that a busy machine's processor is no part of it."""
 
 _TENSOR_BYTES = 6 * 1024 * 1024
