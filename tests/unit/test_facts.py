@@ -147,13 +147,6 @@ def test_refuses_other_quantisations_by_name(tmp_path: Path, packed: object) -> 
     assert "which Potluck does not read; use the unquantised model" in message
 
 
-@pytest.mark.parametrize("method", ["fp8"])
-def test_refuses_a_format_that_no_engine_reads(tmp_path: Path, method: str) -> None:
-    stated = {"quant_method": method}
-    message = refusal(tmp_path, paper_config("llama") | {"quantization_config": stated}, paper_tensors("llama"))
-    assert f"no engine runs Llama stored as {method}; mlx and torch computes" in message
-
-
 @pytest.mark.parametrize("packed", [{"bits": 4}, {"bits": True, "group_size": 64}, {"bits": 99, "group_size": 64}])
 def test_refuses_a_damaged_quantisation(tmp_path: Path, packed: object) -> None:
     message = refusal(tmp_path, paper_config("llama") | {"quantization": packed}, paper_tensors("llama"))
