@@ -20,7 +20,6 @@ from tests.gguf_models import WIDE, as_q4_k_m, write_model
 from tests.gguf_paper import METADATA, paper_gguf, paper_tensors
 from tests.integration.live import Coordinator, Pool, has_backend
 
-
 PROMPT = "<|begin|><|user|>warm bread<|end|><|assistant|>"
 """What the model's own template makes of a question."""
 
