@@ -33,7 +33,7 @@ MORE_FAMILIES = (
 """Each adds a mechanism or a naming; shorter tests run on these."""
 
 STATE_FAMILIES = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "lfm2")
-"""These keep a state of fixed size in most layers, so a sequence cannot be cut back."""
+"""These keep a state of fixed size in most layers, so a sequence is cut back to snapshots."""
 
 _NAMES = {
     "llama": ("llama", "LlamaForCausalLM"),

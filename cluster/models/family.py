@@ -33,7 +33,7 @@ class Attention(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class States:
-    """Layers that keep a state of fixed size in place of keys and values; a sequence cannot be cut back in them."""
+    """Layers that keep a state of fixed size in place of keys and values; a sequence is cut back to snapshots of it."""
 
     prefix: str  # of their tensors, by which a layer is known to be one
     window: str  # the tensor with as many elements as the convolution's last inputs

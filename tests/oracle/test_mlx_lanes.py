@@ -25,7 +25,7 @@ def grown(cache: KvCache, **lengths: int) -> list[SequenceId]:
     seqs = [SequenceId(index) for index in range(len(lengths))]
     for seq, length in zip(seqs, lengths.values(), strict=True):
         for lane in cache.lanes_for({seq: length}):
-            cache.commit(lane, length)
+            cache.commit(lane, length, {})
     return seqs
 
 
@@ -36,7 +36,7 @@ def test_sequences_that_go_on_together_stay_where_they_are() -> None:
     keys, _ = lane.stored(0)
     for _ in range(10):
         assert cache.lanes_for(dict.fromkeys(reversed(seqs), 1)) == [lane]
-        cache.commit(lane, 1)
+        cache.commit(lane, 1, {})
     assert lane.stored(0)[0] is keys
 
 

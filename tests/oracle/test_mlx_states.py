@@ -1,4 +1,4 @@
-"""Layers with a state in place of keys and values, on the MLX engine: exact, in batches too, and never cut back."""
+"""Layers with a state in place of keys and values, on the MLX engine: exact, in batches too."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from cluster.errors import ModelError
 from cluster.models.checkpoint import Checkpoint
+from cluster.rewinding import SNAPSHOT_TOKENS, Rewind
 from cluster.types import SequenceId
 from node.engines.mlx import experts, weights
 from node.engines.mlx.arguments import read_arguments
@@ -56,12 +57,14 @@ def test_rows_of_a_ragged_batch_do_not_see_each_other(family: str, checkpoint: C
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_sequence_is_forked_where_it_ends_and_nowhere_else(family: str, checkpoint: Checkpoints) -> None:
+def test_before_its_first_snapshot_a_sequence_is_forked_where_it_ends_and_nowhere_else(
+    family: str, checkpoint: Checkpoints
+) -> None:
     expected = mlx_reference(checkpoint(family))
     engines = mlx_pipeline(checkpoint(family), (2,))  # the first stage has states alone
     run_prefill(engines, expected.prompt[:30], seq=ONE)
     for engine in engines:
-        assert engine.rewind.every is not None
+        assert engine.rewind == Rewind(every=SNAPSHOT_TOKENS)
         assert engine.fork(ONE, THREE, 29) == 0 == engine.length(THREE)
         assert engine.fork(ONE, TWO, 30) == 30
     run_prefill(engines, random_prompt(20, seed=2), seq=ONE, start=30)  # the source goes elsewhere

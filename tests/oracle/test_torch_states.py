@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from cluster.rewinding import SNAPSHOT_TOKENS, Rewind
 from node.engines.torch.kv import SequenceCache
 from tests.checkpoints import STATE_FAMILIES
 from tests.oracle.conftest import TOLERANCE
@@ -17,7 +18,7 @@ from tests.oracle.test_torch_engine import Checkpoints, torch_pipeline
 
 
 @pytest.mark.parametrize("family", STATE_FAMILIES)
-def test_sequences_with_a_state_are_copied_whole_and_never_cut(
+def test_before_its_first_snapshot_a_sequence_is_copied_whole_or_not_at_all(
     family: str, checkpoint: Checkpoints, whole_model: Callable[[str], WholeModel]
 ) -> None:
     """Also by a stage that holds none of the states, or stages would disagree."""
@@ -26,7 +27,7 @@ def test_sequences_with_a_state_are_copied_whole_and_never_cut(
     run_prefill(engines, prompt)
     source, twin, third = (row(seq, 0, ()).seq for seq in (1, 2, 3))
     for engine in engines:
-        assert engine.rewind.every is not None
+        assert engine.rewind == Rewind(every=SNAPSHOT_TOKENS)
         assert engine.fork(source, third, 29) == 0
         assert engine.fork(source, twin, 30) == 30
     run_step(engines, [row(1, 30, random_prompt(5, seed=9))])

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import mlx.core as mx
+
 from cluster.rewinding import EXACT, Rewind, WaysBack
 from cluster.types import SequenceId
-from node.engines.mlx.lane import KvShape, Lane, LayerShape, Part
+from node.engines.mlx.lane import KvShape, Lane, LayerShape, Part, States, StateShape
 
 _ROUND_TOKENS = 16
 _SLACK_TOKENS_MIN = 64
@@ -38,7 +40,7 @@ class KvCache:
         token_bytes = sum(shape.bytes for shape in shapes if isinstance(shape, KvShape))
         self._padding_tokens_max = padding_bytes_max // max(1, token_bytes)
         self._lengths: dict[SequenceId, int] = {}
-        self._ways_back: dict[SequenceId, WaysBack[None]] = {}
+        self._ways_back: dict[SequenceId, WaysBack[States]] = {}
         self._lanes: dict[SequenceId, Lane] = {}
 
     def __len__(self) -> int:
@@ -50,7 +52,10 @@ class KvCache:
 
     @property
     def allocated_bytes(self) -> int:
-        return sum(lane.bytes for lane in self._all_lanes())
+        held = [states for ways_back in self._ways_back.values() for states in ways_back.snapshots]
+        # Forks share the snapshots of their source.
+        snapshots = {id(array): array for states in held for arrays in states.values() for array in arrays}
+        return sum(lane.bytes for lane in self._all_lanes()) + sum(int(array.nbytes) for array in snapshots.values())
 
     def length(self, seq: SequenceId) -> int:
         return self._lengths.get(seq, 0)
@@ -68,11 +73,21 @@ class KvCache:
                 lanes.append(lane)
         return lanes
 
-    def commit(self, lane: Lane, tokens: int) -> None:
+    def snapshots(self, lane: Lane, tokens: int) -> dict[SequenceId, States]:
+        """What a step of so many tokens has to leave of the lane's sequences to go back to. Not computed yet."""
+        layers = [layer for layer, shape in enumerate(self._shapes) if isinstance(shape, StateShape)]
+        found: dict[SequenceId, States] = {}
+        for row, seq in enumerate(lane.rows):
+            if seq is not None and self._ways_of(seq).wants_snapshot(self.length(seq), self.length(seq) + tokens):
+                found[seq] = {layer: lane.copied_state(layer, row) for layer in layers}
+        return found
+
+    def commit(self, lane: Lane, tokens: int, snapshots: Mapping[SequenceId, States]) -> None:
         """From now on `tokens` more positions of each of the lane's sequences count."""
         for seq in lane.live:
             end = self._lengths[seq] = self.length(seq) + tokens
-            self._ways_back.setdefault(seq, WaysBack(self.rewind)).grew(end)
+            ways_back = self._ways_back[seq] = self._ways_of(seq)
+            ways_back.grew(end, snapshots.get(seq))
 
     def forget_uncommitted(self) -> None:
         """Drop rows that were made for sequences which then never came to be."""
@@ -90,9 +105,11 @@ class KvCache:
             self._spread({})
         source = self._lanes[src]
         row = source.rows.index(src)
+        earlier = self._earlier_states(src, honoured)
         twin = Lane([dst], _rounded(honoured), len(self._shapes))
-        for layer in range(len(self._shapes)):
-            twin.fill(layer, self._shapes[layer], [(source.arrays[layer], row, honoured)])
+        for layer, shape in enumerate(self._shapes):
+            state = earlier.get(layer)
+            twin.fill(layer, shape, [(state, 0, honoured) if state else (source.arrays[layer], row, honoured)])
         self._lanes[dst], self._lengths[dst] = twin, honoured
         self._ways_back[dst] = self._ways_back[src].forked(honoured)
         return honoured
@@ -102,9 +119,21 @@ class KvCache:
         if honoured == 0:
             self.drop(seq)
         else:
+            self._restore(seq, self._earlier_states(seq, honoured))
             self._lengths[seq] = honoured
             self._ways_back[seq].cut(honoured)
         return honoured
+
+    def _restore(self, seq: SequenceId, states: States) -> None:
+        lane = self._lanes[seq]
+        restored = {layer: lane.with_state(layer, lane.rows.index(seq), state) for layer, state in states.items()}
+        mx.eval(list(restored.values()))
+        for layer, arrays in restored.items():
+            lane.store(layer, *arrays)
+
+    def _earlier_states(self, seq: SequenceId, length: int) -> States:
+        """Those after fewer positions than there are; nothing where no layer has one, or they are as they are."""
+        return (self._ways_back[seq].snapshot_at(length) or {}) if length < self.length(seq) else {}
 
     def drop(self, seq: SequenceId) -> None:
         self._lengths.pop(seq, None)
@@ -118,9 +147,11 @@ class KvCache:
         self._ways_back.clear()
         self._lanes.clear()
 
+    def _ways_of(self, seq: SequenceId) -> WaysBack[States]:
+        return self._ways_back.get(seq) or WaysBack(self.rewind)
+
     def _honoured(self, seq: SequenceId, asked: int) -> int:
-        ways_back = self._ways_back.get(seq)
-        return 0 if ways_back is None else ways_back.honoured(self.length(seq), asked)
+        return self._ways_of(seq).honoured(self.length(seq), asked)
 
     def _all_lanes(self) -> list[Lane]:
         return list({id(lane): lane for lane in self._lanes.values()}.values())

@@ -126,7 +126,9 @@ class MlxEngine:
             return loaded.cache.fork(src, dst, length)
 
     def trim(self, seq: SequenceId, length: int) -> int:
-        return self._require().cache.trim(seq, length)
+        loaded = self._require()
+        with mx.stream(loaded.device):
+            return loaded.cache.trim(seq, length)
 
     def drop(self, seq: SequenceId) -> None:
         self._require().cache.drop(seq)
@@ -218,15 +220,16 @@ def _compute(loaded: _Loaded, forwards: Sequence[_Forward]) -> None:
             forward.lane.store(slot, *cache.arrays)
             wanted += cache.arrays
     try:
-        mx.eval(wanted)
+        snapshots = [loaded.cache.snapshots(forward.lane, forward.tokens) for forward in forwards]
+        mx.eval(wanted, snapshots)
     except BaseException:
         # The device failed half-way through writing: what these sequences hold cannot be trusted any more.
         for forward in forwards:
             for seq in forward.lane.live:
                 loaded.cache.drop(seq)
         raise
-    for forward in forwards:
-        loaded.cache.commit(forward.lane, forward.tokens)
+    for forward, left in zip(forwards, snapshots, strict=True):
+        loaded.cache.commit(forward.lane, forward.tokens, left)
 
 
 def _begins(rows: Sequence[Row]) -> list[int]:

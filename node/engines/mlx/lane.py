@@ -7,7 +7,7 @@ of the oldest and nothing ever moves. A state is arrays [rows, ...] without slot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -49,6 +49,10 @@ Part = tuple[tuple[mx.array, ...], int, int]
 """Where a row comes from: a layer's arrays of a lane, the row in it, how many positions count."""
 
 
+States = Mapping[int, tuple[mx.array, ...]]
+"""One sequence's, of the layers that have one: arrays [1, ...]."""
+
+
 class Lane:
     """A dropped sequence leaves its row empty until the lane is next rebuilt."""
 
@@ -85,6 +89,24 @@ class Lane:
                         new[place] = array[row]
         mx.eval(*filled)
         self.store(layer, *filled)
+
+    def copied_state(self, layer: int, row: int) -> tuple[mx.array, ...]:
+        """A row's state that outlives the lane. Part of an array would keep all of it in memory."""
+        copies = []
+        for array in self.stored(layer):
+            copy = mx.zeros((1, *array.shape[1:]), array.dtype)
+            copy[0] = array[row]
+            copies.append(copy)
+        return tuple(copies)
+
+    def with_state(self, layer: int, row: int, state: Sequence[mx.array]) -> tuple[mx.array, ...]:
+        """The layer's arrays with another state in one row; the lane keeps what it has."""
+        changed = []
+        for array, kept in zip(self.stored(layer), state, strict=True):
+            copy = mx.array(array)
+            copy[row] = kept[0]
+            changed.append(copy)
+        return tuple(changed)
 
     @property
     def live(self) -> list[SequenceId]:
