@@ -165,12 +165,28 @@ def _gemma4_small(layers: int, overrides: dict[str, object]) -> dict[str, object
     }
 
 
+def _llama4(layers: int, overrides: dict[str, object]) -> dict[str, object]:
+    """Chunks that short prompts exceed; layer 3 sees everything and its queries soon grow; every second layer has
+    experts."""
+    return {
+        "intermediate_size": 32,
+        "intermediate_size_mlp": 96,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 16,
+        "floor_scale": 4,
+        "attn_scale": 0.7,
+    }
+
+
 FIELDS: dict[str, Callable[[int, dict[str, object]], dict[str, object]]] = {
     "qwen3_next": _qwen3_next,
     "qwen3_5": _qwen3_5,
     "qwen3_5_moe": _qwen3_5_moe,
     "lfm2": _lfm2,
     "gemma4": _gemma4,
+    "llama4": _llama4,
     "gemma4_small": _gemma4_small,
     "qwen3_moe": _qwen3_moe,
     "gemma3": _gemma3,

@@ -29,6 +29,7 @@ MORE_FAMILIES = (
     "deepseek_v3",
     "gemma4",
     "gemma4_small",
+    "llama4",
 )
 """Each adds a mechanism or a naming; shorter tests run on these."""
 
@@ -51,6 +52,7 @@ _NAMES = {
     "qwen3_next": ("qwen3_next", "Qwen3NextForCausalLM"),
     "qwen3_5": ("qwen3_5_text", "Qwen3_5ForCausalLM"),
     "lfm2": ("lfm2", "Lfm2ForCausalLM"),
+    "llama4": ("llama4_text", "Llama4ForCausalLM"),
     "gemma4": ("gemma4_text", "Gemma4ForCausalLM"),
     "gemma4_small": ("gemma4_text", "Gemma4ForCausalLM"),
     "qwen3_5_moe": ("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM"),

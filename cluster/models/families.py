@@ -118,6 +118,30 @@ _FAMILIES = {
             input_tensors=_OWN_INPUT,
             defaults={"hidden_size_per_layer_input": 256},
         ),
+        # Three of four layers attend within chunks; the fourth, to everything and without a rotation. Some layers have
+        # experts, of which one is for all tokens.
+        Family(
+            "llama4_text",
+            "Llama 4 (text)",
+            _BOTH,
+            _NORMS,
+            dense_width="intermediate_size_mlp",
+            dense_mlp=tuple(f"feed_forward.{name}_proj.weight" for name in ("gate", "up", "down")),
+            router="feed_forward.router.weight",
+            transposed=("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"),
+            expert_width="intermediate_size",
+            shared_expert=True,
+            head_dim=128,
+            windows=Windows(
+                8192,
+                seeing_all=4,
+                seeing_all_setting="no_rope_layer_interval",
+                setting="attention_chunk_size",
+                kind="chunked_attention",
+                in_chunks=True,
+                listed="no_rope_layers",
+            ),
+        ),
         # Three of four layers are gated delta rules.
         Family(
             "qwen3_next",
@@ -169,6 +193,7 @@ _FAMILIES = {
 _WRAPPERS = {
     "gemma3": "gemma3_text",
     "gemma4": "gemma4_text",
+    "llama4": "llama4_text",
     "qwen3_5": "qwen3_5_text",
     "qwen3_5_moe": "qwen3_5_moe_text",
 }
@@ -240,7 +265,7 @@ def _refuse_settings(family: Family, config: Mapping[str, object], where: str) -
     if family.ends_seeing_all and not (isinstance(kinds, list) and kinds and kinds[-1] == "full_attention"):
         raise ModelError(f"{where}: expected layer_types with full_attention as the last, found {kinds!r:.80}")
     allowed = {"full_attention"}
-    allowed |= {"sliding_attention"} if family.windows else set()
+    allowed |= {family.windows.kind} if family.windows else set()
     allowed |= {"conv", "linear_attention"} if family.states else set()
     unknown = sorted({str(kind) for kind in kinds} - allowed) if isinstance(kinds, list) else ["?"]
     if unknown or (config.get("use_sliding_window") and not family.windows):

@@ -47,6 +47,10 @@ class Windows:
     silent: int | None = None  # the window of a configuration that mentions none; None: no layer has one then
     seeing_all: int = 0  # every so many layers one attends to everything, where no list says so; 0: none does
     seeing_all_setting: str | None = None  # which states another period
+    setting: str = "sliding_window"
+    kind: str = "sliding_attention"  # in a list of layer types
+    in_chunks: bool = False  # what a layer looks back to begins anew every so many positions
+    listed: str | None = None  # the setting that lists 0 for layers that see everything, when there is no layer_types
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +63,12 @@ class Family:
     norms: tuple[str, ...]
     attention_norms: tuple[str, ...] = ()
     attention: Attention = Attention.SEPARATE
+    dense_width: str = "intermediate_size"  # the setting for the inner size of a dense MLP
     dense_mlp: tuple[str, ...] = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
     router: str | None = None  # the tensor that chooses experts, in the layers that have them
     experts_switch: str | None = None  # the setting without which a model of this family has no experts
     expert_width: str = "moe_intermediate_size"  # the setting for the inner size of one expert
+    shared_expert: bool = False  # every token uses one more expert, as wide as the others
     head_dim: int | None = None  # when the configuration is silent; None: hidden size / heads
     windows: Windows | None = None
     ends_seeing_all: bool = False  # the last layer has no window, whatever the configuration says

@@ -116,7 +116,7 @@ def canonical_name(name: str) -> str:
 def is_expert(inner: str) -> bool:
     """Whether a tensor, by its name within a layer, belongs to experts: these lie singly or stacked in transformers'
     files (`experts.`), stacked in MLX's (`switch_mlp.`)."""
-    return inner.removeprefix("mlp.").startswith(("experts.", "switch_mlp."))
+    return inner.removeprefix("mlp.").removeprefix("feed_forward.").startswith(("experts.", "switch_mlp."))
 
 
 def head_is_tied(checkpoint: Checkpoint) -> bool:

@@ -108,6 +108,8 @@ def read_shape(family: Family, config: Mapping[str, object], where: str) -> Shap
             shared_width = number("n_shared_experts") * expert_width
         elif config.get("shared_expert_intermediate_size"):
             shared_width = number("shared_expert_intermediate_size")
+        elif family.shared_expert:
+            shared_width = expert_width
         if experts_used > experts:
             raise ModelError(f"{where}: expected num_experts_per_tok up to {experts}, found {experts_used}")
     latent = None
@@ -140,7 +142,7 @@ def read_shape(family: Family, config: Mapping[str, object], where: str) -> Shap
         heads=heads,
         kv_heads=number("num_key_value_heads", default=heads),
         head_dim=head_dim,
-        dense_width=number("intermediate_size", "block_ff_dim", default=expert_width or None),
+        dense_width=number(family.dense_width, "block_ff_dim", default=expert_width or None),
         expert_width=expert_width,
         experts=experts,
         experts_used=experts_used,

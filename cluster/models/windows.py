@@ -11,7 +11,7 @@ from cluster.errors import ModelError
 from cluster.models.family import Family
 from cluster.rewinding import window_tokens_max
 
-_EVERYTHING, _WINDOW = "full_attention", "sliding_attention"
+_EVERYTHING = "full_attention"
 _WINDOW_MAX = 1 << 31
 
 
@@ -20,21 +20,25 @@ def read_windows(family: Family, config: Mapping[str, object], layer_count: int,
     everything: tuple[int | None, ...] = (None,) * layer_count
     if family.windows is None:
         return everything
-    window = config.get("sliding_window", family.windows.silent)
-    if window is None:
+    setting, kind = family.windows.setting, family.windows.kind
+    window = config.get(setting, family.windows.silent)
+    if window is None and not family.windows.in_chunks:
         return everything
     if type(window) is not int or not 1 <= window < _WINDOW_MAX:
-        raise ModelError(f"{where}: expected sliding_window from 1 to {_WINDOW_MAX - 1}, found {window!r:.40}")
+        raise ModelError(f"{where}: expected {setting} from 1 to {_WINDOW_MAX - 1}, found {window!r:.40}")
     kinds = config.get("layer_types")
-    if kinds is None:
+    listed = config.get(family.windows.listed or "")
+    if kinds is None and listed:
+        if not isinstance(listed, list) or len(listed) != layer_count or not all(flag in (0, 1) for flag in listed):
+            raise ModelError(f"{where}: expected {layer_count} {family.windows.listed} of 0 or 1, found {listed!r:.80}")
+        found = [flag == 0 for flag in listed]
+    elif kinds is None:
         period = _period(family, config, where)
         found = [period > 0 and (layer + 1) % period == 0 for layer in range(layer_count)]
-    elif isinstance(kinds, list) and len(kinds) == layer_count and not set(kinds) - {_EVERYTHING, _WINDOW}:
-        found = [kind == _EVERYTHING for kind in kinds]
+    elif isinstance(kinds, list) and len(kinds) == layer_count and not set(kinds) - {_EVERYTHING, kind}:
+        found = [each == _EVERYTHING for each in kinds]
     else:
-        raise ModelError(
-            f"{where}: expected {layer_count} layer_types of {_EVERYTHING} or {_WINDOW}, found {kinds!r:.80}"
-        )
+        raise ModelError(f"{where}: expected {layer_count} layer_types of {_EVERYTHING} or {kind}, found {kinds!r:.80}")
     return tuple(None if sees_all else window for sees_all in found)
 
 

@@ -251,3 +251,37 @@ def test_keys_are_whole_heads(tmp_path: Path) -> None:
     layer = varied_layer(2, 8, has_values=True) | {"self_attn.k_norm": (7,)}
     message = refusal(tmp_path, VARIED_CONFIG, with_layers(paper_tensors("llama"), {0: layer, 1: layer}))
     assert "layer 0 has keys of shape [16, 16], which are no whole heads" in message
+
+
+LLAMA4_CONFIG = (
+    paper_config("llama", layers=2)
+    | {"model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"], "num_local_experts": EXPERTS}
+    | {"intermediate_size": EXPERT_INNER, "intermediate_size_mlp": INNER, "num_experts_per_tok": 1}
+    | {"attention_chunk_size": 8, "no_rope_layers": [1, 0]}
+)
+LLAMA4_DENSE = {name.replace("mlp.", "feed_forward."): shape for name, shape in DENSE.items()}
+LLAMA4_ATTENTION: dict[str, tuple[int, ...]] = {
+    "self_attn.q_proj": (HEADS * HEAD_DIM, HIDDEN),
+    "self_attn.k_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
+    "self_attn.v_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HEADS * HEAD_DIM),
+}
+
+
+def test_one_expert_of_a_llama_4_layer_is_read_and_one_for_every_token(tmp_path: Path) -> None:
+    """Experts are stacked, without `.weight`; dense layers have a width of their own."""
+    shared = {f"feed_forward.shared_expert.{name}_proj": (EXPERT_INNER, HIDDEN) for name in ("gate", "up", "down")}
+    experts = NORMS | LLAMA4_ATTENTION | shared | {"feed_forward.router": (EXPERTS, HIDDEN)}
+    tensors = with_layers(paper_tensors("llama"), {0: NORMS | LLAMA4_ATTENTION | LLAMA4_DENSE, 1: experts})
+    prefix = "model.layers.1.feed_forward.experts."
+    tensors |= {
+        f"{prefix}gate_up_proj": (DType.F32, (EXPERTS, HIDDEN, 2 * EXPERT_INNER)),
+        f"{prefix}down_proj": (DType.F32, (EXPERTS, EXPERT_INNER, HIDDEN)),
+    }
+    facts = facts_of(tmp_path, LLAMA4_CONFIG, tensors)
+    stack_bytes = 4 * 3 * EXPERTS * HIDDEN * EXPERT_INNER
+    (dense, sparse) = facts.layers
+    assert sparse.resident_bytes[Backend.MLX] - sparse.streamed_bytes == stack_bytes * (EXPERTS - 1) // EXPERTS
+    assert dense.resident_bytes[Backend.MLX] == dense.streamed_bytes
+    assert facts.mlp_width == max(INNER, 2 * EXPERT_INNER)
+    assert (dense.kv_tokens_max is None, sparse.kv_tokens_max is None) == (False, True)

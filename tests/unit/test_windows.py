@@ -27,6 +27,10 @@ def windows(model_type: str, **config: object) -> tuple[int | None, ...]:
         ("gpt_oss", {}, (128, None) * 3),
         ("gemma3_text", {"sliding_window_pattern": 2, "sliding_window": 8}, (8, None) * 3),
         ("gemma3_text", {}, (*(4096,) * 5, None)),
+        ("llama4_text", {}, (8192, 8192, 8192, None, 8192, 8192)),
+        ("llama4_text", {"attention_chunk_size": 8, "no_rope_layer_interval": 2, "no_rope_layers": []}, (8, None) * 3),
+        ("llama4_text", {"attention_chunk_size": 8, "no_rope_layers": [0, 1, 1, 1, 1, 0]}, (None, *(8,) * 4, None)),
+        ("llama4_text", {"layer_types": ["full_attention"] * 6}, (None,) * 6),
         ("gemma4_text", {"layer_types": ["sliding_attention"] * 5 + ["full_attention"]}, (*(512,) * 5, None)),
     ],
 )
@@ -51,3 +55,18 @@ def test_silence_means_what_transformers_takes_it_for(
 def test_a_damaged_configuration_is_refused(setting: dict[str, object], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         windows("gemma3_text", **setting)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"attention_chunk_size": None}, "expected attention_chunk_size from 1"),
+        ({"no_rope_layers": [1, 0]}, "expected 6 no_rope_layers of 0 or 1"),
+        ({"no_rope_layers": [2] * 6}, "expected 6 no_rope_layers of 0 or 1"),
+        ({"no_rope_layers": "110"}, "expected 6 no_rope_layers of 0 or 1"),
+        ({"layer_types": ["sliding_attention"] * 6}, "chunked_attention or full_attention"),
+    ],
+)
+def test_damaged_chunks_are_refused(setting: dict[str, object], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        windows("llama4_text", **setting)

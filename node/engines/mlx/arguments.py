@@ -17,7 +17,9 @@ from cluster.models.families import family_of
 from cluster.models.layout import head_is_tied
 from cluster.models.shape import Shape, read_shape
 from cluster.models.windows import read_windows
-from node.engines.mlx.families import MLX_FAMILIES, MlxFamily, States, Windows
+from node.engines.mlx.chunked import refuse_irregular
+from node.engines.mlx.families import MLX_FAMILIES
+from node.engines.mlx.family import MlxFamily, States, Windows
 from node.engines.mlx.rotations import Rotation, read_rotation
 from node.engines.mlx.varied import read_wide_heads
 
@@ -53,6 +55,8 @@ def read_arguments(checkpoint: Checkpoint) -> Arguments:
     _refuse_settings(family, config, where)
     shape, tied = read_shape(named, config, where), head_is_tied(checkpoint)
     rotation = read_rotation(family, config, shape, where)
+    if family.windows is Windows.CHUNKED:
+        refuse_irregular(config, shape.layer_count, where)
     windows = read_windows(named, config, shape.layer_count, where)
     states = _states(family, config, shape, where)
     fields: dict[str, object] = {
@@ -127,6 +131,8 @@ def _window_fields(family: MlxFamily, windows: tuple[int | None, ...], where: st
     match family.windows:
         case Windows.NONE | Windows.IGNORED:
             return {}
+        case Windows.CHUNKED:
+            return {"attention_chunk_size": size}
         case Windows.LISTED:
             kinds = [_EVERYTHING if sees else _WINDOW for sees in everything]
             if len(set(kinds)) < 2:

@@ -36,7 +36,7 @@ class Positions:
         self.end = max(starts) + tokens
         self.uniform = len(set(starts)) == 1
         self.offset: int | mx.array = starts[0] if self.uniform else mx.array(self.starts, mx.int32)
-        self._masks: dict[int | None, mx.array] = {}
+        self._masks: dict[tuple[int | None, bool], mx.array] = {}
 
     def layout(self, window: int | None) -> Layout:
         """Where the new tokens of a layer with this window find what they attend to."""
@@ -53,21 +53,24 @@ class Positions:
         """The first position that any new token of a layer with this window looks at."""
         return 0 if window is None else max(0, min(self.starts) - window + 1)
 
-    def mask(self, window: int | None, as_array: bool) -> mx.array | str | None:
+    def mask(self, window: int | None, as_array: bool, in_chunks: bool = False) -> mx.array | str | None:
         """Which of what is attended to each new token looks at, in the words of MLX's attention."""
         in_order = self.layout(window) in (Layout.IN_ORDER, Layout.NEW)
-        everything = window is None or self.end - self.oldest(window) <= window
+        oldest = 0 if in_chunks else self.oldest(window)
+        everything = window is None or self.end - oldest <= window
         if self.uniform and in_order and everything and not as_array:
             return None if self.tokens == 1 else "causal"
-        if window not in self._masks:
-            self._masks[window] = self._mask(window)
-        return self._masks[window]
+        if (window, in_chunks) not in self._masks:
+            self._masks[window, in_chunks] = self._mask(window, in_chunks)
+        return self._masks[window, in_chunks]
 
-    def _mask(self, window: int | None) -> mx.array:
+    def _mask(self, window: int | None, in_chunks: bool) -> mx.array:
         """[rows, 1, tokens, keys], true where the new token may look."""
         queries = self._new()[..., None]
         keys = self._keys(window)[:, :, None]
         mask = keys <= queries
+        if in_chunks and window is not None:
+            mask = mask & (keys >= queries // window * window)
         return mask if window is None else mask & (keys > queries - window) & (keys >= 0)
 
     def _keys(self, window: int | None) -> mx.array:
@@ -103,20 +106,23 @@ def _last_in_slots(ends: mx.array, slots: int) -> mx.array:
 @dataclass(frozen=True, slots=True)
 class LayerKind:
     """What a layer remembers: keys and values, looked at within a window or in full, or a state of some arrays, or
-    nothing where it looks at the keys and values of another layer."""
+    nothing where it looks at the keys and values of another layer. In chunks, the window begins anew every so many
+    positions."""
 
     window: int | None = None
     states: int = 0
     shares: bool = False
+    in_chunks: bool = False
 
 
 class UnownedCache:
     """The cache of a layer that the stage does not own. Models build masks from some layer's cache before their
     loop, and that layer may be elsewhere; a mask needs positions only, so this answers as an owned one would."""
 
-    def __init__(self, positions: Positions, window: int | None) -> None:
+    def __init__(self, positions: Positions, window: int | None, in_chunks: bool = False) -> None:
         self._positions = positions
         self._window = window
+        self._in_chunks = in_chunks
 
     @property
     def offset(self) -> int | mx.array:
@@ -128,15 +134,17 @@ class UnownedCache:
         assert self._positions.tokens == tokens
         if window_size is not None and window_size != self._window:
             raise ValueError(f"a layer that keeps a window of {self._window} is asked for one of {window_size}")
-        return self._positions.mask(self._window, return_array)
+        return self._positions.mask(self._window, return_array, self._in_chunks)
 
 
 class LayerCache(UnownedCache):
     """An owned layer's cache. It changes copies of the handles: until the step is committed, the KV memory holds
     what it held before. Once it is, nothing else refers to the old arrays, and MLX writes in place."""
 
-    def __init__(self, positions: Positions, window: int | None, keys: mx.array, values: mx.array) -> None:
-        super().__init__(positions, window)
+    def __init__(
+        self, positions: Positions, window: int | None, keys: mx.array, values: mx.array, in_chunks: bool = False
+    ) -> None:
+        super().__init__(positions, window, in_chunks)
         self.keys = mx.array(keys)
         self.values = mx.array(values)
 
@@ -207,9 +215,12 @@ def unowned(positions: Positions, kind: LayerKind) -> UnownedCache | StateCache 
     """The cache of a layer of this kind that the stage does not own, or that keeps nothing."""
     if kind.shares:
         return None
-    return StateCache([None] * kind.states) if kind.states else UnownedCache(positions, kind.window)
+    return StateCache([None] * kind.states) if kind.states else UnownedCache(positions, kind.window, kind.in_chunks)
 
 
 def owned(positions: Positions, kind: LayerKind, stored: Sequence[mx.array]) -> LayerCache | StateCache:
     """The cache of an owned layer, with what the KV memory holds of the forward's rows."""
-    return StateCache(stored) if kind.states else LayerCache(positions, kind.window, *stored)
+    if kind.states:
+        return StateCache(stored)
+    keys, values = stored
+    return LayerCache(positions, kind.window, keys, values, kind.in_chunks)

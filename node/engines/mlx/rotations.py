@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from cluster.errors import ModelError
 from cluster.models.shape import Shape
-from node.engines.mlx.families import MlxFamily, Rotations, States
+from node.engines.mlx.family import MlxFamily, Rotations, States
 
 _NEEDED: Mapping[str, tuple[str, ...]] = {
     "default": (),

@@ -22,7 +22,8 @@ from cluster.errors import ModelError
 from cluster.rewinding import Rewind, rewind_of
 from cluster.types import LayerRange
 from node.engines.mlx.arguments import Arguments
-from node.engines.mlx.families import Windows
+from node.engines.mlx.chunked import ChunkedAttention, Front
+from node.engines.mlx.family import Windows
 from node.engines.mlx.ports import Ports, cut_inputs
 from node.engines.mlx.positions import LayerKind, Positions, unowned
 
@@ -94,6 +95,7 @@ class _Masked(nn.Module):
         self._grouped = grouped  # scores are [rows, key heads, group, tokens, positions]
 
     def __call__(self, x: mx.array, mask: mx.array | str | None, cache: Any) -> Any:
+        cache = cache.cache if isinstance(cache, Front) else cache
         own = cache.make_mask(x.shape[1], return_array=isinstance(mask, mx.array))
         return self.layer(x, own[:, None] if self._grouped else own, cache)
 
@@ -145,6 +147,8 @@ class SlicedModel:
         if self._masks:
             layers = self.model.model.layers
             for index in self.layers:
+                if self._masks.norm_eps is not None:
+                    layers[index].self_attn = ChunkedAttention(layers[index].self_attn, self._masks.norm_eps)
                 layers[index] = _Masked(layers[index], grouped=self._masks.grouped)
         if self.is_last:
             body = self.model.model
@@ -165,7 +169,8 @@ class SlicedModel:
         # An empty choice of rows is no shape for a model; the logits of row 0 are never computed then.
         ports.drawing = mx.array(piece.drawing or (0,))
         try:
-            output: mx.array = self.model(piece.tokens, cache=list(caches))
+            chunked = self._masks is not None and self._masks.norm_eps is not None
+            output: mx.array = self.model(piece.tokens, cache=[Front(cache) if chunked else cache for cache in caches])
             if self.is_last:
                 return (output[:, 0],)
             assert ports.leaving is not None
@@ -194,12 +199,17 @@ class _Masks:
     """What the model's own masks would get wrong."""
 
     grouped: bool
+    norm_eps: float | None = None  # of queries and keys, where attention itself has to be another
 
 
 def _masks_needed(arguments: Arguments) -> _Masks | None:
     """None when the model's masks are right, as it makes them from the caches that it is given."""
     family, shape = arguments.family, arguments.shape
     grouped = family.groups_scores and shape.heads != shape.kv_heads
+    if family.windows is Windows.CHUNKED:
+        eps = arguments.fields["rms_norm_eps"]
+        assert isinstance(eps, float)
+        return _Masks(grouped=False, norm_eps=eps)
     one_for_all = family.windows is Windows.IGNORED and len(set(arguments.windows)) > 1
     return _Masks(grouped) if grouped or one_for_all else None
 
@@ -207,12 +217,13 @@ def _masks_needed(arguments: Arguments) -> _Masks | None:
 def _kinds(model: Any, arguments: Arguments) -> tuple[LayerKind, ...]:
     """What each layer remembers, told by the caches that the model would make for itself. The configuration, as
     transformers reads it, has to say the same."""
-    caches = model.make_cache() if hasattr(model, "make_cache") else [KVCache() for _ in model.layers]
+    caches = model.make_cache() if hasattr(model, "make_cache") else [KVCache() for _ in model.model.layers]
     theirs = tuple(_kind(index, cache, arguments) for index, cache in enumerate(caches))
     sharing = arguments.shape.layer_count - len(caches)
     theirs += tuple(LayerKind(window, shares=True) for window in arguments.windows[len(caches) :])
-    if arguments.family.windows is Windows.IGNORED:
-        return tuple(LayerKind(window) for window in arguments.windows)
+    if arguments.family.windows in (Windows.IGNORED, Windows.CHUNKED):
+        in_chunks = arguments.family.windows is Windows.CHUNKED
+        return tuple(LayerKind(window, in_chunks=in_chunks and window is not None) for window in arguments.windows)
     stated = list(zip(arguments.windows, arguments.states, strict=True))
     if sharing != arguments.shape.sharing_layers or [(kind.window, bool(kind.states)) for kind in theirs] != stated:
         raise ModelError(

@@ -28,7 +28,7 @@ from cluster.types import DType
 from node.engine import AwaitTensors, LoadProgress, Progress, StageSpec
 from node.engines.mlx.arguments import Arguments
 from node.engines.mlx.experts import in_stacks
-from node.engines.mlx.families import MlxFamily
+from node.engines.mlx.family import MlxFamily
 from node.engines.mlx.integers import confirm, in_affine_form, make_exact, take_out_biases, with_experts_stacked
 from node.engines.mlx.quantising import pack_rows, unpack_rows
 from node.engines.mlx.repack import Doubt

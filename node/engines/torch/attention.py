@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from cluster.errors import ModelError
-from node.engines.torch import latent, shared
+from node.engines.torch import chunked, latent, shared
 from node.engines.torch.kv import LayerState, SequenceCache
 
 NAME = "potluck"
@@ -86,7 +86,8 @@ def attend(
     if is_latent:
         query, key = latent.into_latents(module, query, key, value)
         value = key[..., :0]  # nothing to cache beside the latents
-    _refuse_other_window(batch, layer, sliding_window)
+    chunk = chunked.chunk_of(module)
+    _refuse_other_window(batch, layer, sliding_window or chunk)
     scoring = Scoring(sliding_window, scaling, softcap, s_aux)
     output = query.new_empty((query.shape[2], query.shape[1], key.shape[3] if is_latent else value.shape[3]))
     for span in batch.spans:
@@ -96,10 +97,34 @@ def attend(
             new = slice(span.begin, span.end)
             keys, values, first = span.cache.write(layer, span.start, key[0, :, new], value[0, :, new])
             shared.offer(module, (keys, values, first), span.offered)
-        queries = query[0, :, span.begin : span.end]
-        rows = _attend_sequence(queries, keys, keys if is_latent else values, span.start - first, scoring)
+        queries = chunked.tuned(module, query[0, :, span.begin : span.end], span.start)
+        values = keys if is_latent else values
+        if chunk is None:
+            rows = _attend_sequence(queries, keys, values, span.start - first, scoring)
+        else:
+            rows = _attend_chunks(queries, keys, values, (first, span.start), chunk, scoring)
         output[span.begin : span.end] = rows.transpose(0, 1)
     return (latent.out_of_latents(module, output) if is_latent else output)[None], None
+
+
+def _attend_chunks(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: tuple[int, int],  # of the first key and of the first new token
+    chunk: int,
+    scoring: Scoring,
+) -> torch.Tensor:
+    """As `_attend_sequence`, each token within its own chunk: [chunk * n, chunk * (n + 1)) for some n."""
+    first, start = positions
+    end = first + keys.shape[1]
+    rows = []
+    for begin in range(start // chunk * chunk, end, chunk):
+        new = slice(max(begin, start), min(begin + chunk, end))
+        seen = slice(begin - first, new.stop - first)
+        queries = query[:, new.start - start : new.stop - start]
+        rows.append(_attend_sequence(queries, keys[:, seen], values[:, seen], new.start - begin, scoring))
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
 
 def _attend_sequence(

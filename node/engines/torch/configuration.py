@@ -16,7 +16,7 @@ from node.engine import StageSpec
 
 _NOT_FROM_FILES = frozenset({"attn_implementation", "auto_map", "experts_implementation", "model_type"})
 
-_LAYER_TYPES = frozenset({"conv", "full_attention", "linear_attention", "sliding_attention"})
+_LAYER_TYPES = frozenset({"chunked_attention", "conv", "full_attention", "linear_attention", "sliding_attention"})
 
 _ROPE_TYPES = frozenset({"default", "linear", "llama3", "longrope", "proportional", "yarn"})
 """Rotations that depend on a token's position alone; `dynamic` looks at the longest row of a batch. `longrope` does

@@ -32,7 +32,7 @@ from cluster.models.windows import read_windows
 from cluster.rewinding import rewind_of
 from cluster.types import LayerRange
 from node.engine import StageSpec
-from node.engines.torch import attention, latent, recurrent, shared
+from node.engines.torch import attention, chunked, latent, recurrent, shared
 from node.engines.torch.configuration import read_config
 from node.engines.torch.inputs import InputMaker, takes_inputs
 
@@ -154,6 +154,7 @@ def build_slice(checkpoint: Checkpoint, spec: StageSpec, dtype: torch.dtype, dev
     _compute_buffers(model, device)  # before the cut, because some depend on the kinds of all layers
     latent.keep_latents(model)
     recurrent.run_rows_alone(model)
+    chunked.prepare(model)
     windows = read_windows(family, text_config, spec.layer_count, str(checkpoint.folder))
     sliced = SlicedModel(model, spec.layers, windows, has_states=family.states is not None)
     _cut(sliced, head_is_tied(checkpoint))
