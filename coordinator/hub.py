@@ -57,10 +57,11 @@ def resolve_model(
     revision: str | None = None,
     progress: CountProgress | None = None,
     cancelled: threading.Event | None = None,
+    hashes: Path | None = None,
 ) -> ResolvedModel:
     """Find MODEL, downloading it where it is a hub id, and converting it where it is a GGUF file (once, into a folder
     below `conversions`). Blocks: call it in a thread, and set `cancelled` to have it end soon with a ModelError.
-    What was broken off goes on where it was the next time."""
+    What was broken off goes on where it was the next time. A download remembers tensors' hashes in `hashes`."""
     match parse_model(text):
         case Path() as folder:
             # The built-in model's folder is an implementation detail of where Potluck is installed.
@@ -75,7 +76,7 @@ def resolve_model(
             from coordinator.hub_download import address, download
 
             wanted = revision or named
-            folder, commit = download(repository, wanted, progress, cancelled or threading.Event())
+            folder, commit = download(repository, wanted, progress, cancelled or threading.Event(), hashes)
             return ResolvedModel(folder, repository, commit, address(repository))
 
 

@@ -53,8 +53,10 @@ def download(
     revision: str | None,
     progress: CountProgress | None,
     cancelled: threading.Event,
+    hashes: Path | None = None,
 ) -> tuple[Path, str]:
-    """The folder with the model's needed files, and the commit that `revision` means now."""
+    """The folder with the model's needed files, and the commit that `revision` means now. What is known of their
+    tensors' hashes when they are here is remembered in `hashes`."""
     disable_progress_bars()  # ours is shown instead
     branch = revision or constants.DEFAULT_REVISION
     cached = find_cached(repository, branch)
@@ -76,7 +78,7 @@ def download(
         _log.warning("%s cannot be reached; using %s as of commit %s", constants.ENDPOINT, repository, cached[1][:12])
         return cached
     with explained(repository, branch):
-        folder = _Download(repository, commit, files, cancelled).run(progress)
+        folder = _Download(repository, commit, files, cancelled, hashes).run(progress)
     _remember_revision(repository, branch, commit)
     return folder, commit
 
@@ -137,7 +139,15 @@ def weights_of(names: set[str], folder: Path) -> list[str]:
 class _Download:
     """One model's download at one commit."""
 
-    def __init__(self, repository: str, commit: str, files: dict[str, HubFile], cancelled: threading.Event) -> None:
+    def __init__(
+        self,
+        repository: str,
+        commit: str,
+        files: dict[str, HubFile],
+        cancelled: threading.Event,
+        hashes: Path | None,
+    ) -> None:
+        self._hashes = hashes
         self._repository = repository
         self._commit = commit
         self._files = files
@@ -188,7 +198,7 @@ class _Download:
 
     def _stream(self, file: HubFile, advance: Advance) -> None:
         url = hf_hub_url(self._repository, file.name, revision=self._commit)
-        BlobStream(url, file, self._blobs, advance, self._stop).fetch()
+        BlobStream(url, file, self._blobs, advance, self._stop, self._hashes).fetch()
 
 
 def _remember_revision(repository: str, revision: str, commit: str) -> None:

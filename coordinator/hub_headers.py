@@ -36,7 +36,10 @@ def peek(repository: str, revision: str | None) -> Checkpoint:
     if cached is not None:
         return open_checkpoint(cached[0])
     if constants.HF_HUB_OFFLINE:
-        raise ModelError(f"{repository} is not in {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set")
+        raise ModelError(
+            f"{repository} at {branch} is not in {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: "
+            "unset it once to download the model"
+        )
     with tempfile.TemporaryDirectory(prefix="potluck-peek-") as scratch, explained(repository, branch):
         folder = Path(scratch)
         commit, files = list_files(repository, branch)

@@ -21,7 +21,8 @@ from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[a
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
 from cluster.errors import ModelError
-from cluster.models.hashing import Advance
+from cluster.models.hashing import Advance, remember
+from cluster.models.passing import PassingHashes
 from cluster.quantities import MIB
 
 if TYPE_CHECKING:
@@ -46,14 +47,25 @@ class HubFile:
 class BlobStream:
     """Fetches `file` from `url` into `blobs`, where a finished file is called by its hash."""
 
-    def __init__(self, url: str, file: HubFile, blobs: Path, advance: Advance, cancelled: threading.Event) -> None:
+    def __init__(
+        self,
+        url: str,
+        file: HubFile,
+        blobs: Path,
+        advance: Advance,
+        cancelled: threading.Event,
+        hashes: Path | None = None,
+    ) -> None:
+        """`hashes` is where to remember the hashes of the file's tensors, which are known when it is here."""
         self._url = url
         self._file = file
         self._blob = blobs / file.sha256
         self._part = part_path(blobs, file)
         self._advance = advance
         self._cancelled = cancelled
+        self._hashes = hashes
         self._hash: _Hash
+        self._parts: PassingHashes
         self._position = 0
 
     def fetch(self) -> None:
@@ -71,6 +83,7 @@ class BlobStream:
                 if self._hash.hexdigest() == self._file.sha256:
                     os.fsync(part.fileno())
                     self._part.replace(self._blob)
+                    self._remember()
                     return
                 self._restart(part)
         raise ModelError(
@@ -88,7 +101,7 @@ class BlobStream:
 
     def _read_back(self, part: BinaryIO) -> None:
         """Hash what an earlier download left."""
-        self._hash, self._position = hashlib.sha256(), 0
+        self._begin()
         if os.fstat(part.fileno()).st_size > self._file.size_bytes:
             part.truncate(0)
         part.seek(0)
@@ -134,13 +147,23 @@ class BlobStream:
 
     def _take(self, data: bytes) -> None:
         self._hash.update(data)
+        self._parts.feed(data)
         self._position += len(data)
         self._advance(len(data))
 
     def _restart(self, part: BinaryIO) -> None:
         part.truncate(0)
         self._advance(-self._position)
+        self._begin()
+
+    def _begin(self) -> None:
         self._hash, self._position = hashlib.sha256(), 0
+        self._parts = PassingHashes(self._file.name, self._file.size_bytes)
+
+    def _remember(self) -> None:
+        if self._hashes is not None:
+            whole = {(0, self._file.size_bytes): self._file.sha256}
+            remember(self._blob, whole | self._parts.digests(), self._hashes)
 
     def _wait(self, seconds: float) -> None:
         self._cancelled.wait(seconds)

@@ -24,7 +24,7 @@ from cluster.models.hashing import CountProgress
 from cluster.models.manifest import Manifest, build_manifest
 from cluster.placement import Ask
 from coordinator.happenings import ModelOpened, Tell, Working
-from coordinator.hub import ResolvedModel, resolve_model, work_on
+from coordinator.hub import HubModel, ResolvedModel, find_model, parse_model, peek_model, resolve_model, work_on
 
 _T = TypeVar("_T")
 
@@ -54,6 +54,10 @@ class OpenModel:
 async def open_model(wanted: WantedModel, ask: Ask, cache: Path, conversions: Path, tell: Tell) -> OpenModel:
     """Find MODEL, read its headers and hash its files; the hashes are remembered, so that this is long only once."""
     with _Work(tell) as work:
+        early = await work.run(lambda: _peek(wanted, conversions))
+        if early is not None:
+            check_ask(ask, wanted.text, early)
+            tell(ModelOpened(wanted.text, early))
         resolved = await work.run(
             lambda: resolve_model(
                 wanted.text,
@@ -61,12 +65,14 @@ async def open_model(wanted: WantedModel, ask: Ask, cache: Path, conversions: Pa
                 revision=wanted.revision,
                 progress=work.progress(work_on(wanted.text)),
                 cancelled=work.cancelled,
+                hashes=cache,
             )
         )
         checkpoint = await work.run(lambda: open_checkpoint(resolved.folder))
         facts = await work.run(lambda: read_facts(checkpoint, wanted.bits))
         check_ask(ask, resolved.name, facts)
-        tell(ModelOpened(resolved.name, facts))
+        if early is None:
+            tell(ModelOpened(resolved.name, facts))
         manifest = await work.run(
             lambda: build_manifest(
                 checkpoint,
@@ -78,6 +84,16 @@ async def open_model(wanted: WantedModel, ask: Ask, cache: Path, conversions: Pa
             )
         )
     return OpenModel(resolved, checkpoint, facts, manifest)
+
+
+def _peek(wanted: WantedModel, conversions: Path) -> ModelFacts | None:
+    """What is known of a model before it is downloaded, from its configuration and headers: what cannot be served is
+    refused now, and not after hours. None for a model that is here, or is to be converted here."""
+    if not isinstance(parse_model(wanted.text), HubModel):
+        return None
+    if find_model(wanted.text, conversions=conversions, revision=wanted.revision) is not None:
+        return None
+    return read_facts(peek_model(wanted.text, revision=wanted.revision), wanted.bits)
 
 
 def check_ask(ask: Ask, name: str, facts: ModelFacts) -> None:

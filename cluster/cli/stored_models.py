@@ -50,7 +50,8 @@ def list_command(state: Path | None, as_json: bool) -> int:
 def pull_command(text: str, revision: str | None, state: Path | None, as_json: bool) -> int:
     with progress(work_on(text), as_json) as on_progress:
         conversions = conversions_folder(state)
-        found = resolve_model(text, conversions=conversions, revision=revision, progress=on_progress)
+        hashes = coordinator_state(state or default_state_path()) / "hashes"
+        found = resolve_model(text, conversions=conversions, revision=revision, progress=on_progress, hashes=hashes)
     manifest = hashed(found, state, as_json)
     document = {"folder": str(found.folder), "name": found.name, "revision": found.revision, "id": manifest.id}
     if as_json:

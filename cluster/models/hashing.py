@@ -73,6 +73,13 @@ def hash_file(path: Path, spans: Sequence[Span], cache: Path | None, advance: Ad
     return {span: known[span] for span in spans}
 
 
+def remember(path: Path, hashes: Mapping[Span, str], cache: Path) -> None:
+    """Note hashes of a file that the caller has just written, hashed on the way and will not write again."""
+    resolved = path.resolve()
+    identity = _Identity.of(resolved.stat())
+    _remember(resolved, identity, {**_remembered(resolved, identity, cache), **hashes}, cache)
+
+
 def counting(total_bytes: int, progress: CountProgress | None) -> Advance:
     """Add up what several threads have done."""
     done_bytes = 0
@@ -92,7 +99,7 @@ def _read_and_hash(path: Path, spans: Sequence[Span], identity: _Identity, advan
     """One pass over the file; the whole file's hash runs in a second thread beside the parts'."""
     whole = (0, identity.size) if (0, identity.size) in spans else None
     whole_hash = hashlib.sha256()
-    parts = _PartHashes(sorted(span for span in spans if span != whole))
+    parts = PartHashes(sorted(span for span in spans if span != whole))
     segments = [whole] if whole is not None else list(parts.spans)
     with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
         if _Identity.of(os.fstat(file.fileno())) != identity:
@@ -121,7 +128,7 @@ def _read_and_hash(path: Path, spans: Sequence[Span], identity: _Identity, advan
     return digests
 
 
-class _PartHashes:
+class PartHashes:
     """Hashes of sorted spans that do not overlap, fed with ascending pieces of the file."""
 
     def __init__(self, spans: Sequence[Span]) -> None:

@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 
+from cluster.models import hashing
+from cluster.models.checkpoint import open_checkpoint
+from cluster.models.manifest import build_manifest
 from tests.integration.hub_server import Hub, Repository, hub_server
 from tests.weight_files import write_model
 
@@ -23,12 +26,17 @@ _COMMIT, _NEXT_COMMIT = "1" * 40, "2" * 40
 _TENSOR_BYTES = 256 * 1024
 
 _CLIENT = """
-import json, pathlib, sys
+import json, os, pathlib, sys
 from cluster.errors import PotluckError
 from coordinator.hub import resolve_model
 progress = []
 try:
-    found = resolve_model(sys.argv[1], conversions=pathlib.Path(), progress=lambda *now: progress.append(now))
+    found = resolve_model(
+        sys.argv[1],
+        conversions=pathlib.Path(),
+        progress=lambda *now: progress.append(now),
+        hashes=pathlib.Path(os.environ["HF_HOME"], "hashes"),
+    )
     said = {"folder": str(found.folder), "name": found.name, "revision": found.revision, "progress": progress}
 except PotluckError as error:
     said = {"error": str(error), "kind": type(error).__name__}
@@ -174,6 +182,26 @@ def test_a_connection_that_breaks_is_taken_up_again(site: _Site) -> None:
     for path in folder.glob("*.safetensors"):
         assert path.read_bytes() == (site.model / path.name).read_bytes()
         assert site.hub.sent_bytes[path.name] == path.stat().st_size
+
+
+@pytest.mark.parametrize("cut", [None, 512 * 1024], ids=["in one piece", "in two"])
+def test_a_downloaded_model_is_not_read_again_to_be_hashed(
+    site: _Site, cut: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.hub.cut_after_bytes = cut
+    expected = build_manifest(open_checkpoint(site.model), name="", revision="")
+    folder = Path(site.resolve()["folder"])
+    read, read_and_hash = [], hashing._read_and_hash
+
+    def note(path: Path, *args: Any) -> Any:
+        read.append(path.stat().st_size)
+        return read_and_hash(path, *args)
+
+    monkeypatch.setattr(hashing, "_read_and_hash", note)
+    found = build_manifest(open_checkpoint(folder), name="", revision="", cache=site.home / "hashes")
+    assert found.tensors == expected.tensors
+    assert found.id == expected.id
+    assert read and max(read) < _TENSOR_BYTES, "only small files"
 
 
 def test_other_bytes_than_announced_are_never_used(site: _Site) -> None:

@@ -15,7 +15,8 @@ import pytest
 from cluster.cli.child import running
 from coordinator.builtin import demo_model_path
 from tests.integration.hub_server import Hub, Repository, hub_server
-from tests.integration.live import START_S, Coordinator, eventually, new_cluster, serving
+from tests.integration.live import START_S, Coordinator, eventually, happenings, joined, new_cluster, serving
+from tests.integration.mounts import hiding, require_mounts
 
 _COMMIT = "3" * 40
 _STALL_AFTER_BYTES = 2 * 1024 * 1024
@@ -87,7 +88,40 @@ def test_a_stopped_download_ends_soon_and_goes_on_where_it_was(hub: Hub, tmp_pat
     with _serving(hub, tmp_path) as coordinator:
         coordinator.process.wait_for("waiting", START_S)
     asked_from = [first for method, path, first in hub.requests if path.startswith("/large/") and method == "GET"]
-    assert asked_from == [kept_bytes]
+    assert asked_from == [0, kept_bytes], "the header, to know the model early, and then what was missing"
+
+
+def test_what_cannot_be_served_is_refused_before_it_is_downloaded(hub: Hub, tmp_path: Path) -> None:
+    arguments = ["serve", "org/tiny", "--cluster", new_cluster(), "--state", str(tmp_path / "state"), "--port", "0"]
+    command = [*arguments, "--no-mdns", "--context", "1000000"]
+    with running("coordinator", command, env=_environment(hub, tmp_path / "home")) as process:
+        eventually(lambda: process.exit_code is not None, "the coordinator has ended", START_S)
+        assert "--context 1000000 is more than the" in process.output()
+    assert hub.sent_bytes["model.safetensors"] < 1024 * 1024, "no more than its header"
+
+
+@pytest.mark.root
+def test_a_node_with_an_empty_disk_answers_and_the_hub_is_read_once(hub: Hub, tmp_path: Path) -> None:
+    """The node sees neither the hub nor the coordinator's cache; the token stays with the coordinator."""
+    require_mounts()
+    home, published = tmp_path / "home", tmp_path / "published"
+    blind = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "other")}
+    env = {**_environment(hub, home), "HF_TOKEN": "hf_secret"}
+    home.mkdir()
+    options = ["--no-local-node", "--no-mdns"]
+    with serving("org/tiny", new_cluster(), tmp_path / "state", *options, context=64, users=1, env=env) as coordinator:
+        join = ["--no-mdns", "--coordinator", f"127.0.0.1:{coordinator.port}"]
+        disk = hiding(home, published)
+        with joined("far", "torch", coordinator.cluster, tmp_path / "far", *join, prefix=disk, env=blind) as node:
+            coordinator.wait_ready()
+            answer = coordinator.post("/v1/completions", {"prompt": "Hello", "max_tokens": 4}).json()
+            assert answer["usage"]["completion_tokens"] > 0
+            assert b"hf_secret" not in Path(f"/proc/{node.pid}/environ").read_bytes()
+        loaded = [said["report"] for said in happenings(coordinator.process, "loading")]
+        size = (published / "model.safetensors").stat().st_size
+        assert max(report["received_bytes"] for report in loaded) > 0.9 * size
+    assert hub.sent_bytes["model.safetensors"] - size < 1024 * 1024, "once, and its header"
+    assert not hub.tokens_seen
 
 
 def test_a_model_that_the_hub_does_not_have_ends_the_command(hub: Hub, tmp_path: Path) -> None:
