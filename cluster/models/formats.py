@@ -41,9 +41,9 @@ READERS: Mapping[Packing, frozenset[Backend]] = {
     Packing.MXFP8: frozenset({Backend.MLX}),
     Packing.NVFP4: frozenset({Backend.MLX}),
     Packing.FP8: frozenset({Backend.TORCH}),
-    Packing.AWQ: frozenset({Backend.MLX}),
-    Packing.GPTQ: frozenset({Backend.MLX}),
-    Packing.INTEGERS: frozenset({Backend.MLX}),
+    Packing.AWQ: frozenset(Backend),
+    Packing.GPTQ: frozenset(Backend),
+    Packing.INTEGERS: frozenset(Backend),
 }
 """The engines that compute with a packing exactly, in tests."""
 

@@ -67,7 +67,7 @@ class Matrix:
     @property
     def used(self) -> tuple[StoredTensor, ...]:
         """What an engine reads of it."""
-        return tuple(tensor for role, tensor in self.tensors.items() if role is not Role.INPUTS)
+        return tuple(tensor for role, tensor in self.tensors.items() if role not in (Role.INPUTS, Role.SHAPE))
 
     @property
     def stored_bytes(self) -> int:

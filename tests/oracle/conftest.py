@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import make_checkpoint
+from tests.integer_checkpoints import quantised_checkpoint
 from tests.oracle.reference import LAST_TOKENS, Reference, WholeModel, decisive_reference
 
 TOLERANCE = 5e-4
@@ -46,5 +47,20 @@ def reference(whole_model: Callable[[str], WholeModel]) -> Callable[..., Referen
     def make(family: str, prompt_tokens: int = 40) -> Reference:
         model = whole_model(family)
         return decisive_reference(model, prompt_tokens=prompt_tokens, count=LAST_TOKENS + 4, tolerance=TOLERANCE)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def integers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple[Path, Reference]]:
+    """A checkpoint of a family in a layout of integers, read only, and a continuation by `transformers` with the same
+    weights dequantised."""
+
+    @cache
+    def make(family: str, layout: str) -> tuple[Path, Reference]:
+        folder = make_checkpoint(family, tmp_path_factory.mktemp("integers") / family, layers=3)
+        packed, unpacked = quantised_checkpoint(folder, layout)
+        model = WholeModel(unpacked)
+        return packed, decisive_reference(model, prompt_tokens=40, count=LAST_TOKENS, tolerance=TOLERANCE)
 
     return make

@@ -63,7 +63,7 @@ def test_awq_matrices_are_exact(group: int) -> None:
 def test_gptq_matrices_are_exact(bits: int, version: int, symmetric: bool) -> None:
     quantised = integer_formats.quantise(weights(), bits=bits, symmetric=symmetric)
     files = in_torch(integer_formats.gptq(quantised, version=version))
-    matrix = from_gptq(**files, bits=bits, symmetric=symmetric, zeros_are_one_less=version == 1)
+    matrix = from_gptq(**files, bits=bits, symmetric=symmetric, zeros_are_one_less=version == 1, reordered=False)
     assert matrix.inputs is None
     assert matrix.biases.dtype is (torch.float16 if symmetric else torch.float32)
     assert_same(matrix, quantised)
@@ -72,7 +72,9 @@ def test_gptq_matrices_are_exact(bits: int, version: int, symmetric: bool) -> No
 @pytest.mark.parametrize("bits", [4, 8])
 def test_gptq_columns_in_the_order_of_activations_are_exact(bits: int) -> None:
     quantised = integer_formats.quantise(weights(), bits=bits, order=shuffled())
-    matrix = from_gptq(**in_torch(integer_formats.gptq(quantised)), bits=bits, symmetric=False, zeros_are_one_less=True)
+    matrix = from_gptq(
+        **in_torch(integer_formats.gptq(quantised)), bits=bits, symmetric=False, zeros_are_one_less=True, reordered=True
+    )
     assert matrix.inputs is not None
     assert_same(matrix, quantised)
 
@@ -85,7 +87,9 @@ def test_compressed_tensors_matrices_are_exact(bits: int, symmetric: bool, reord
     quantised = integer_formats.quantise(weights()[:41], bits=bits, symmetric=symmetric, order=order)
     files = in_torch(integer_formats.compressed(quantised, symmetric=symmetric))
     zeros, groups = files.get("weight_zero_point"), files.get("weight_g_idx")
-    matrix = from_pack_quantized(files["weight_packed"], files["weight_scale"], zeros, groups, bits=bits)
+    matrix = from_pack_quantized(
+        files["weight_packed"], files["weight_scale"], zeros, groups, bits=bits, reordered=reordered
+    )
     assert (matrix.inputs is not None) is reordered
     assert_same(matrix, quantised)
 
@@ -94,21 +98,30 @@ def test_symmetric_matrices_keep_the_type_of_their_scales() -> None:
     """Which no other zero could: a float16 holds eleven bits, and a zero has four more."""
     quantised = integer_formats.quantise(weights(), symmetric=True)
     files = in_torch(integer_formats.compressed(quantised, symmetric=True))
-    matrix = from_pack_quantized(files["weight_packed"], files["weight_scale"], None, None, bits=4)
+    matrix = from_pack_quantized(files["weight_packed"], files["weight_scale"], None, None, bits=4, reordered=False)
     assert matrix.scales.dtype == matrix.biases.dtype == torch.float16
 
 
 def test_zeros_off_the_middle_of_a_symmetric_matrix_are_refused() -> None:
     files = in_torch(integer_formats.gptq(integer_formats.quantise(weights())))
     with pytest.raises(ModelError, match="the files hold zeros off the middle"):
-        from_gptq(**files, bits=4, symmetric=True, zeros_are_one_less=True)
+        from_gptq(**files, bits=4, symmetric=True, zeros_are_one_less=True, reordered=True)
 
 
 def test_an_order_that_was_never_set_is_none() -> None:
     quantised = integer_formats.quantise(weights(), symmetric=True)
     files = in_torch(integer_formats.compressed(quantised, symmetric=True))
     never = torch.full((INPUTS,), -1, dtype=torch.int32)
-    assert from_pack_quantized(files["weight_packed"], files["weight_scale"], None, never, bits=4).inputs is None
+    assert (
+        from_pack_quantized(files["weight_packed"], files["weight_scale"], None, never, bits=4, reordered=True).inputs
+        is None
+    )
+
+
+def test_an_order_that_is_not_stated_is_refused() -> None:
+    files = in_torch(integer_formats.gptq(integer_formats.quantise(weights(), order=shuffled())))
+    with pytest.raises(ModelError, match="g_idx says that they do not"):
+        from_gptq(**files, bits=4, symmetric=False, zeros_are_one_less=True, reordered=False)
 
 
 @pytest.mark.parametrize("damage", [lambda g: g.fill_(0), lambda g: g.add_(1), lambda g: g.neg_()])
@@ -117,4 +130,4 @@ def test_columns_in_groups_that_do_not_exist_or_are_too_large_are_refused(damage
     assert callable(damage)
     damage(files["g_idx"])
     with pytest.raises(ModelError, match="expected 32 columns in each of 8 groups"):
-        from_gptq(**files, bits=4, symmetric=False, zeros_are_one_less=True)
+        from_gptq(**files, bits=4, symmetric=False, zeros_are_one_less=True, reordered=True)

@@ -6,26 +6,33 @@ configuration before (`places`); those of what scales them are checked here. Kno
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import ceil
 
 import torch
 
 from cluster.errors import ModelError
-from cluster.models.checkpoint import StoredTensor
 from cluster.models.formats import Packing, Quantization
+from cluster.models.integer_shapes import INTEGER_PACKINGS
 from cluster.models.matrices import Matrix, Role
+from node.engines.torch.integers import Read, read_integers
 from node.engines.torch.packed import Affine, Fp8, Mxfp4, Packed
 from node.engines.torch.places import affine_bits
-
-Read = Callable[[StoredTensor], torch.Tensor]
-"""Gives a stored tensor's values, on the device."""
 
 _BYTE = torch.uint8
 
 
-def read_packed(matrix: Matrix, shape: tuple[int, ...], quantization: Quantization | None, read: Read) -> list[Packed]:
-    """The matrix of this unpacked shape, or each of the stack."""
+def read_packed(
+    matrix: Matrix, shape: tuple[int, ...], quantization: Quantization | None, read: Read
+) -> tuple[list[Packed], torch.Tensor | None]:
+    """The matrix of this unpacked shape, or each of the stack; and the input that each packed column belongs to, None
+    where they are in order."""
+    if matrix.packing in INTEGER_PACKINGS and quantization is not None:
+        affine, order = read_integers(matrix, quantization, read)
+        return [affine], order
+    return _read_stack(matrix, shape, quantization, read), None
+
+
+def _read_stack(matrix: Matrix, shape: tuple[int, ...], quantization: Quantization | None, read: Read) -> list[Packed]:
     _check_scales(matrix, shape, quantization)
     tensors = {role: read(tensor) for role, tensor in matrix.tensors.items() if role is not Role.INPUTS}
     if len(shape) == 2:

@@ -12,8 +12,9 @@ import torch
 
 from cluster.models.formats import Quantization
 from node.engines.torch.int4 import in_order_of_kernel
+from node.engines.torch.integers import Read
 from node.engines.torch.latent import Halves
-from node.engines.torch.layouts import Read, read_packed
+from node.engines.torch.layouts import read_packed
 from node.engines.torch.packed import Affine, Packed
 from node.engines.torch.places import Place, stack_of
 from node.engines.torch.products import Joined, Stack, Whole
@@ -52,10 +53,11 @@ class Slot:
         is_multiplied = not all(looks_up) and (is_halved or not is_expansion)
 
         def wholes(place: Place) -> list[Whole]:
-            matrices = read_packed(place.matrix, tuple(place.view(self.parameter).shape), quantization, read)
+            shape, dtype = tuple(place.view(self.parameter).shape), self.parameter.dtype
+            matrices, order = read_packed(place.matrix, shape, quantization, read)
             if is_multiplied:
-                return _multiplied(matrices, self.parameter.dtype, looked_up=any(looks_up))
-            return [Whole(matrix, self.parameter.dtype) for matrix in matrices]
+                return _multiplied(matrices, order, dtype, looked_up=any(looks_up))
+            return [Whole(matrix, dtype, order) for matrix in matrices]
 
         stand_in: StandIn
         if self.parameter.ndim == 3:
@@ -93,8 +95,10 @@ def _stack(sliced: SlicedModel, slot: Slot, wholes: Callable[[Place], list[Whole
     return Stack(experts, transposed=transposed)
 
 
-def _multiplied(matrices: Sequence[Packed], dtype: torch.dtype, *, looked_up: bool) -> list[Whole]:
+def _multiplied(
+    matrices: Sequence[Packed], order: torch.Tensor | None, dtype: torch.dtype, *, looked_up: bool
+) -> list[Whole]:
     """In the form that is fastest for products."""
     affine = [matrix for matrix in matrices if isinstance(matrix, Affine)]
     ordered = in_order_of_kernel(affine, dtype, looked_up=looked_up) if len(affine) == len(matrices) else None
-    return [Whole(matrix, dtype) for matrix in ordered or matrices]
+    return [Whole(matrix, dtype, order) for matrix in ordered or matrices]

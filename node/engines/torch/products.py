@@ -86,7 +86,7 @@ class Whole(_InPlaceOfATensor):
         flat = rows.flatten()
         values = self.packed.values(flat) if isinstance(self.packed, Int4) else gathered(self.packed, flat).values()
         if self.order is not None:
-            values = torch.empty_like(values).index_copy_(1, self.order, values)
+            values = torch.empty_like(values).index_copy_(1, self.order.long(), values)
         return values.to(self.dtype).view(*rows.shape, -1)
 
     def unpacked(self, first: int, last: int) -> torch.Tensor:

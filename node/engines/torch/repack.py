@@ -25,6 +25,8 @@ _WORD_BITS = 32
 
 _OTHER_ZEROS = "config.json says that the weights are symmetric (sym), and the files hold zeros off the middle"
 
+_OTHER_ORDER = "config.json says that columns lie in the order of their groups, and g_idx says that they do not"
+
 
 @dataclass(frozen=True, slots=True)
 class Affine:
@@ -33,7 +35,7 @@ class Affine:
     words: torch.Tensor  # int32 [rows, inputs * bits / 32]
     scales: torch.Tensor  # [rows, groups]
     biases: torch.Tensor  # [rows, groups]
-    inputs: torch.Tensor | None = None  # int64: the input that each packed column belongs to; None in their order
+    inputs: torch.Tensor | None = None  # int32: the input that each packed column belongs to; None in their order
 
 
 def from_awq(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) -> Affine:
@@ -61,6 +63,7 @@ def from_gptq(
     bits: int,
     symmetric: bool,
     zeros_are_one_less: bool,
+    reordered: bool,
 ) -> Affine:
     """qweight [inputs * bits / 32, rows], qzeros [groups, rows * bits / 32], scales [groups, rows], g_idx [inputs].
 
@@ -75,7 +78,7 @@ def from_gptq(
         raise ModelError(_OTHER_ZEROS)
     scales = scales.T.contiguous()
     biases = _biases(scales, None if symmetric else zeros, bits)
-    return _ordered(Affine(qweight.T.contiguous(), scales, biases), g_idx, bits)
+    return _ordered(Affine(qweight.T.contiguous(), scales, biases), g_idx, bits, reordered=reordered)
 
 
 def from_pack_quantized(
@@ -85,6 +88,7 @@ def from_pack_quantized(
     weight_g_idx: torch.Tensor | None,
     *,
     bits: int,
+    reordered: bool,
 ) -> Affine:
     """weight_packed [rows, inputs * bits / 32], weight_scale [rows, groups], weight_g_idx [inputs].
 
@@ -97,7 +101,7 @@ def from_pack_quantized(
     biases = _biases(weight_scale, zeros, bits)
     if weight_g_idx is not None and bool((weight_g_idx == -1).all()):
         weight_g_idx = None  # as written for a matrix that was never reordered
-    return _ordered(Affine(weight_packed, weight_scale, biases), weight_g_idx, bits)
+    return _ordered(Affine(weight_packed, weight_scale, biases), weight_g_idx, bits, reordered=reordered)
 
 
 def _biases(scales: torch.Tensor, zeros: torch.Tensor | None, bits: int) -> torch.Tensor:
@@ -108,15 +112,17 @@ def _biases(scales: torch.Tensor, zeros: torch.Tensor | None, bits: int) -> torc
     return -(scales.float() * zeros)
 
 
-def _ordered(matrix: Affine, groups: torch.Tensor | None, bits: int) -> Affine:
+def _ordered(matrix: Affine, groups: torch.Tensor | None, bits: int, *, reordered: bool) -> Affine:
     """The matrix with the columns of each group side by side, given the group of each column (`desc_act`)."""
     count = matrix.scales.shape[1]
     if groups is None:
         return matrix
     width = groups.numel() // count
-    in_order = torch.arange(count, dtype=groups.dtype).repeat_interleave(width)
+    in_order = torch.arange(count, dtype=groups.dtype, device=groups.device).repeat_interleave(width)
     if torch.equal(groups, in_order):
         return matrix
+    if not reordered:
+        raise ModelError(_OTHER_ORDER)
     inputs = torch.argsort(groups, stable=True)
     if not torch.equal(groups[inputs], in_order):
         raise ModelError(
@@ -128,7 +134,7 @@ def _ordered(matrix: Affine, groups: torch.Tensor | None, bits: int) -> Affine:
     for first in range(0, words.shape[0], step):
         values = _values(matrix.words[first : first + step], bits)
         words[first : first + step] = _packed(values[:, inputs], bits)
-    return Affine(words, matrix.scales, matrix.biases, inputs)
+    return Affine(words, matrix.scales, matrix.biases, inputs.int())
 
 
 def _values(words: torch.Tensor, bits: int) -> torch.Tensor:

@@ -21,6 +21,7 @@ from cluster.models.formats import Packing, read_quantization
 from cluster.models.matrices import read_matrices
 from cluster.quantities import MIB
 from node.engine import LoadProgress, Progress, StageSpec
+from node.engines.torch.integers import confirm_zero, take_out_biases
 from node.engines.torch.packing import Slot, stand_ins
 from node.engines.torch.places import Place, find_places
 from node.engines.torch.slicing import SlicedModel, stored_tensors
@@ -43,12 +44,14 @@ def load_weights(
     quantization = read_quantization(checkpoint.config, where)
     matrices = read_matrices(tensors, quantization, where)
     meta = dict(stored_tensors(sliced.model))
+    used = [tensor for matrix in matrices.values() for tensor in matrix.used]
+    is_gptq = quantization is not None and quantization.kind is Packing.GPTQ
+    strays = take_out_biases(matrices, sliced.local_name, meta) if is_gptq else []
     plain, packed = _apart(find_places(sliced, meta, matrices.values(), checkpoint))
     slots = [Slot.free(sliced.model, meta[name], name, places) for name, places in packed.items()]
     _widen(sliced, plain)
     _materialise(sliced.model, device)
     parameters = dict(stored_tensors(sliced.model))
-    used = [tensor for matrix in matrices.values() for tensor in matrix.used]
     reader = _Reader(spec, device, progress, sum(tensor.size_bytes for tensor in used))
     jobs: list[Place | Slot] = [*plain, *slots]
     for place in sorted(jobs, key=_begins):  # as they arrive
@@ -59,6 +62,7 @@ def load_weights(
         reader.fill(place.view(parameter), place.matrix.values)
         if place.less:
             parameter.sub_(place.less)
+    confirm_zero(strays, reader.read)
     return sum(tensor.nbytes for tensor in parameters.values()) + sum(item.nbytes for item in stand_ins(sliced.model))
 
 
