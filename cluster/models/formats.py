@@ -40,7 +40,7 @@ READERS: Mapping[Packing, frozenset[Backend]] = {
     Packing.MXFP4: frozenset(Backend),
     Packing.MXFP8: frozenset({Backend.MLX}),
     Packing.NVFP4: frozenset({Backend.MLX}),
-    Packing.FP8: frozenset({Backend.TORCH}),
+    Packing.FP8: frozenset(Backend),
     Packing.AWQ: frozenset(Backend),
     Packing.GPTQ: frozenset(Backend),
     Packing.INTEGERS: frozenset(Backend),
@@ -57,7 +57,7 @@ def readable_formats(backend: Backend, device: str) -> frozenset[Format]:
     return frozenset(formats if (backend, device) == (Backend.MLX, "cpu") else formats | {HALF_EXPERTS})
 
 
-PACKED_IN_MEMORY: Mapping[Packing, frozenset[Backend]] = READERS
+PACKED_IN_MEMORY: Mapping[Packing, frozenset[Backend]] = {**READERS, Packing.FP8: frozenset({Backend.TORCH})}
 """The engines in whose memory a packing takes what it takes on disk; others unpack it when they load."""
 
 MLX_MODES = frozenset({Packing.AFFINE, Packing.MXFP4, Packing.MXFP8, Packing.NVFP4})

@@ -66,11 +66,16 @@ class Parts:
 
     @property
     def formats(self) -> frozenset[Format]:
-        has_half_experts = any(
-            is_expert(name) and not name.endswith("bias") and matrix.packing is Packing.NONE and matrix.dtype in _HALF
+        experts = [
+            matrix
             for layer in self.layers.values()
             for name, matrix in layer.items()
-        )
+            if is_expert(name) and not name.endswith("bias")
+        ]
+        has_half_experts = any(matrix.packing is Packing.NONE and matrix.dtype in _HALF for matrix in experts)
+        # Eight-bit floats are unpacked where MLX runs, to the type that the embedding yields.
+        if any(matrix.packing is Packing.FP8 for matrix in experts):
+            has_half_experts |= any(matrix.dtype in _HALF for matrix in self.embedding.values())
         return frozenset(map(Format, self.packings)) | ({HALF_EXPERTS} if has_half_experts else set())
 
     def packed(self, family: Family, bits: int, dtype: DType) -> Parts:

@@ -19,7 +19,7 @@ from mlx_lm.utils import infer_quant_config
 from cluster.errors import ModelError
 from cluster.models.checkpoint import Checkpoint, StoredTensor
 from cluster.models.families import family_of
-from cluster.models.formats import read_quantization
+from cluster.models.formats import Packing, read_quantization
 from cluster.models.integer_shapes import INTEGER_PACKINGS
 from cluster.models.layout import Layer, Part, canonical_name, owned_tensors, part_of, within_layer
 from cluster.models.matrices import read_matrices
@@ -27,6 +27,7 @@ from cluster.models.quantising import GROUP
 from cluster.types import DType
 from node.engine import AwaitTensors, LoadProgress, Progress, StageSpec
 from node.engines.mlx.arguments import Arguments
+from node.engines.mlx.eight_bits import unpack
 from node.engines.mlx.experts import in_stacks
 from node.engines.mlx.family import MlxFamily
 from node.engines.mlx.integers import confirm, in_affine_form, make_exact, take_out_biases, with_experts_stacked
@@ -35,8 +36,9 @@ from node.engines.mlx.repack import Doubt
 from node.engines.mlx.slicing import SlicedModel, build_model
 from node.engines.mlx.tensors import MLX_DTYPES
 
-_READABLE = frozenset({DType.F32, DType.F16, DType.BF16, DType.U32, DType.U8, DType.I32, DType.I64})
-"""Parameters, the packed matrices and scales of MLX's own formats, and the integers of others."""
+_CODES = {DType.U32, DType.U8, DType.I32, DType.I64, DType.F8_E4M3}
+_READABLE = frozenset({DType.F32, DType.F16, DType.BF16, *_CODES})
+"""Parameters, the packed matrices and scales of MLX's own formats, and the numbers of others."""
 
 _QUANTIZATION = frozenset({"group_size", "bits", "mode"})
 """Settings for all layers; other keys of `quantization` name a layer."""
@@ -65,6 +67,9 @@ def load_slice(
     lazy, doubts = _lazy_tensors(checkpoint.folder, owned), list[Doubt]()
     if integers is not None:
         lazy, doubts = in_affine_form(lazy, read_matrices(owned, integers, where).values(), integers, dtype)
+    eight_bits = stated is not None and stated.kind is Packing.FP8
+    if stated is not None and eight_bits:
+        lazy = unpack(lazy, read_matrices(owned, stated, where).values(), stated.block, dtype)
     lazy = _in_order_of_mlx(lazy, arguments.family)
     if spec.bits is not None:
         family, _ = family_of(checkpoint.config, where)
@@ -76,7 +81,8 @@ def load_slice(
     if spec.bits is not None:
         weights = unpack_rows(weights, spec.bits, dtype)
     sliced = SlicedModel(model, arguments, spec.layers, dtype)
-    _quantise(model, weights, checkpoint, spec.bits)
+    if not eight_bits:
+        _quantise(model, weights, checkpoint, spec.bits)
     if integers is not None:
         make_exact(model, weights, dtype)
         doubts += take_out_biases(weights, dict(tree_flatten(model.parameters())))
