@@ -90,7 +90,7 @@ def with_tensor(folder: Path, target: Path, name: str, change: Callable[[torch.T
 
 
 @pytest.mark.parametrize("backends", [TORCH, MLX, MIXED], ids="-".join)
-@pytest.mark.parametrize("family", [*FAMILIES, "gemma4_small"])
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma4_small", "llama4"])
 def test_every_family_is_within_tolerance(family: str, backends: Sequence[Backend], checkpoint: Checkpoints) -> None:
     verdict = verdict_of(checkpoint(family), backends, torch_trace(checkpoint(family)))
     assert verdict.within

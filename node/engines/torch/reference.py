@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils.logging import disable_progress_bar
 
 from cluster.errors import ModelError
@@ -30,7 +30,8 @@ def trace_whole_model(folder: Path, facts: ModelFacts, tokens: tuple[int, ...], 
     if facts.bits is not None:
         _round(model, facts.model_type, facts.bits)
     model = model.to(device.device)
-    layers = list(model.get_decoder().layers)
+    decoder = model.get_decoder()
+    layers = list(getattr(decoder, "model", decoder).layers)  # Llama 4 takes the whole of itself for its decoder
     if len(layers) != facts.layer_count:
         raise ModelError(f"transformers built {len(layers)} layers of this model; its files hold {facts.layer_count}")
     hidden: list[Floats] = []
@@ -61,7 +62,11 @@ def trace_whole_model(folder: Path, facts: ModelFacts, tokens: tuple[int, ...], 
 def _load(folder: Path, facts: ModelFacts) -> Any:
     disable_progress_bar()  # it would write between the command's own lines
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        # Some vision-language models are known to the library as such alone.
+        generative = type(config) in AutoModelForCausalLM._model_mapping
+        auto: Any = AutoModelForCausalLM if generative else AutoModelForImageTextToText
+        model, report = auto.from_pretrained(
             folder,
             dtype=TORCH_DTYPES[facts.dtype],
             local_files_only=True,
