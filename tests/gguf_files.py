@@ -116,10 +116,13 @@ def _half(value: float) -> bytes:
     return struct.pack("<e", value)
 
 
-def _levels(values: Floats, scale: float, low: float, top: int) -> list[int]:
-    """The nearest whole numbers from 0 to `top` such that scale * number + low is the value."""
-    steps = np.zeros_like(values) if scale == 0 else np.rint((values - low) / scale)
-    return [int(step) for step in np.clip(steps, 0, top)]
+def _levels(values: Floats, scale: Floats | float, low: Floats | float, top: int) -> list[int]:
+    """The nearest whole numbers from 0 to `top` such that scale * number + low is the value. Scales may differ from
+    row to row."""
+    scales, lows = np.atleast_1d(scale)[:, None], np.atleast_1d(low)[:, None]
+    steps = np.rint((np.atleast_2d(values) - lows) / np.where(scales == 0, np.inf, scales))
+    levels: list[int] = np.clip(steps, 0, top).astype(int).ravel().tolist()
+    return levels
 
 
 def _pack_signed(bits: int) -> Callable[[Floats], bytes]:
@@ -194,9 +197,7 @@ def _pack_k(bits: int) -> Callable[[Floats], bytes]:
         scale, low_scale = float(np.float16(steps.max() / 63)), float(np.float16(-lows.min() / 63))
         factors = _levels(steps, scale, 0.0, 63)
         minima = _levels(-lows, low_scale, 0.0, 63)
-        levels: list[int] = []
-        for group, factor, minimum in zip(groups, factors, minima, strict=True):
-            levels += _levels(group, scale * factor, -low_scale * minimum, (1 << bits) - 1)
+        levels = _levels(groups, scale * np.array(factors), -low_scale * np.array(minima), (1 << bits) - 1)
         high = bytes(sum((levels[32 * group + i] >> 4) << group for group in range(8)) for i in range(32))
         low = b"".join(
             bytes((levels[64 * pair + i] & 15) | (levels[64 * pair + 32 + i] & 15) << 4 for i in range(32))
@@ -240,11 +241,7 @@ def _pack_q6_k(block: Floats) -> bytes:
     steps = groups[np.arange(16), np.abs(groups).argmax(axis=1)] / -32
     scale = float(np.float16(steps[np.abs(steps).argmax()] / -128))
     factors = [int(factor) for factor in np.clip(np.rint(steps / scale if scale else steps * 0), -128, 127)]
-    levels = [
-        level
-        for group, factor in zip(groups, factors, strict=True)
-        for level in _levels(group, scale * factor, -32 * scale * factor, 63)
-    ]
+    levels = _levels(groups, scale * np.array(factors), -32 * scale * np.array(factors), 63)
     low, high = bytearray(128), bytearray(64)
     for i, level in enumerate(levels):
         half, quarter, at = i // 128, i % 128 // 32, i % 32

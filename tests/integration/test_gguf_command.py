@@ -55,7 +55,7 @@ def test_an_unpacked_file_answers_a_chat_as_transformers_does(source: Path, pool
     assert said["choices"][0]["message"]["content"] == backend.decode(expected)
 
 
-@pytest.mark.skipif(not has_backend("mlx"), reason="packed files need the extra [mlx]")
+@pytest.mark.skipif(not has_backend("mlx"), reason="the engine to compare with needs the extra [mlx]")
 def test_a_packed_file_answers_as_one_engine_does_with_the_same_folder(
     source: Path, pool: Pool, tmp_path: Path
 ) -> None:
