@@ -31,7 +31,7 @@ _ATTENTION_QUERIES: Final = 512
 _SCORES: Final = 1 << 23
 """Where scores are written to memory, blocks are as large as this many elements allow, and one query at least."""
 
-_KV_AHEAD: Final = 8
+KV_AHEAD: Final = 8
 """They let a sequence's cache grow ahead of its tokens, by one part in so many."""
 
 
@@ -59,7 +59,7 @@ def stage_cost(facts: ModelFacts, layers: LayerRange, backend: Backend, *, conte
     streamed_bytes += facts.norm_bytes + facts.head_bytes if is_last else 0
     streamed_bytes += facts.inputs_streamed_bytes if is_first else 0
     kv_bytes = sum(min(_kept_bytes(layer, context, users), _LARGEST) for layer in owned)
-    workspace_bytes = activation_bytes(facts, is_last, context=context, users=users) + kv_bytes // _KV_AHEAD
+    workspace_bytes = activation_bytes(facts, is_last, context=context, users=users) + kv_bytes // KV_AHEAD
     workspace_bytes += sum(min(_made_bytes(layer, context, users), _LARGEST) for layer in owned)
     return StageCost(weight_bytes, kv_bytes, workspace_bytes, streamed_bytes)
 
@@ -160,7 +160,7 @@ class CostTable:
             )
             kv = self._spans([_kept_bytes(layer, self.context, self.users) for layer in self.facts.layers])
             made = self._spans([_made_bytes(layer, self.context, self.users) for layer in self.facts.layers])
-            total = weights + kv + kv // _KV_AHEAD + made + self.stage_base_bytes
+            total = weights + kv + kv // KV_AHEAD + made + self.stage_base_bytes
             total[:, -1] += (
                 activation_bytes(self.facts, True, context=self.context, users=self.users) - self.stage_base_bytes
             )

@@ -13,8 +13,6 @@ import torch
 
 from cluster.rewinding import window_tokens_kept, window_tokens_max
 
-_SLACK_TOKENS_MIN = 32
-
 
 class LayerKv:
     """Positions [first, first + capacity), as far as they have been written."""
@@ -67,8 +65,8 @@ class LayerKv:
         if self.window is not None:
             first = max(first, length - window_tokens_kept(self.window) + 1)
         needed = end - first
-        slack = max(_SLACK_TOKENS_MIN, needed // 8)
-        capacity = max(needed, min(needed + slack, self._tokens_max))
+        # An eighth also of short sequences: they may be many, and plans leave no more room for growing than that.
+        capacity = max(needed, min(needed + needed // 8, self._tokens_max))
         old = slice(first - self._first, length - self._first)
         self._keys, self._values = (_moved(tensor, old, capacity) for tensor in (self._keys, self._values))
         self._first = first
