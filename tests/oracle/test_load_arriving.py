@@ -20,6 +20,7 @@ from cluster.types import Backend
 from node.engine import Engine, StageSpec, everything_is_here
 from node.engines.registry import create_engine
 from tests.checkpoints import FAMILIES, MORE_FAMILIES, STATE_FAMILIES
+from tests.integer_checkpoints import quantised_checkpoint
 from tests.integration.live import has_backend
 from tests.oracle.pipelines import Vector, close_pipeline, load_pipeline, run_prefill, stage_specs
 from tests.oracle.reference import random_prompt
@@ -69,8 +70,34 @@ def _logits(backend: Backend, specs: list[StageSpec]) -> Vector:
 def test_what_arrives_during_the_load_computes_the_same(
     backend: Backend, family: str, checkpoint: Checkpoints, tmp_path: Path
 ) -> None:
-    source = checkpoint(family)
-    specs = stage_specs(source, (2,))
+    _assert_the_same(backend, checkpoint(family), tmp_path)
+
+
+@pytest.mark.skipif(not has_backend("mlx"), reason="the checkpoints are made with mlx-lm: the extra [mlx]")
+@pytest.mark.parametrize("backend", sorted({backend for backend, _ in _CASES}))
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_packed_weights_that_arrive_during_the_load_compute_the_same(
+    backend: Backend, family: str, checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    from tests.converted import convert
+
+    _assert_the_same(backend, convert(checkpoint(family), tmp_path / "packed", bits=4), tmp_path)
+
+
+@pytest.mark.skipif(not has_backend("mlx"), reason="the extra [mlx]")
+@pytest.mark.parametrize("name", ["awq", "bits"])
+def test_weights_that_are_repacked_while_they_arrive_compute_the_same(
+    name: str, checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    if name == "bits":
+        _assert_the_same(Backend.MLX, checkpoint("qwen3_moe"), tmp_path, bits=4)
+    else:
+        packed, _ = quantised_checkpoint(make_checkpoint("qwen3", tmp_path / "plain"), name)
+        _assert_the_same(Backend.MLX, packed, tmp_path)
+
+
+def _assert_the_same(backend: Backend, source: Path, tmp_path: Path, bits: int | None = None) -> None:
+    specs = [replace(spec, bits=bits) for spec in stage_specs(source, (2,))]
     hollow = [_Hollow(source, tmp_path / str(stage)) for stage in range(2)]
     arriving = [replace(s, folder=h.folder, await_tensors=h.bring) for s, h in zip(specs, hollow, strict=True)]
     np.testing.assert_array_equal(_logits(backend, arriving), _logits(backend, specs))
