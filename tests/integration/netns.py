@@ -108,10 +108,14 @@ class Lan:
             _ip("-n", self._switch, "link", "set", f"p{number}", "type", "bridge_slave",
                 "mcast_flood", "on" if carried else "off")  # fmt: skip
 
-    def set_rate(self, name: str, mbit_s: int) -> None:
-        """How fast the machine can send; other machines see nothing of it but that."""
-        shaper = ["tbf", "rate", f"{mbit_s}mbit", "burst", "64kb", "latency", "50ms"]
-        _ip("netns", "exec", self._namespace(name), "tc", "qdisc", "replace", "dev", "eth0", "root", *shaper)
+    def set_rate(self, name: str, mbit_s: int | None) -> None:
+        """How fast the machine can send; None for as fast as the processor lets it."""
+        tc = ["netns", "exec", self._namespace(name), "tc", "qdisc"]
+        if mbit_s is None:
+            _ip(*tc, "delete", "dev", "eth0", "root")
+        else:
+            shaper = ["tbf", "rate", f"{mbit_s}mbit", "burst", "64kb", "latency", "50ms"]
+            _ip(*tc, "replace", "dev", "eth0", "root", *shaper)
 
     def set_link(self, name: str, *, up: bool) -> None:
         """Pull the machine's cable, or plug it in again. The address survives."""

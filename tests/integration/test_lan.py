@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from tests.checkpoints import make_checkpoint
 from tests.integration.answers import GREEDY, Question, question
 from tests.integration.live import (
     START_S,
+    Coordinator,
     eventually,
     happenings,
     has_backend,
@@ -31,6 +34,7 @@ from tests.integration.live import (
     processes_of,
     serving,
 )
+from tests.integration.mounts import hiding
 from tests.integration.netns import Lan, lan, require_lan
 from tests.oracle.reference import WholeModel
 
@@ -38,6 +42,9 @@ pytestmark = pytest.mark.root
 
 OTHER = "mlx" if has_backend("mlx") else "torch"
 LAYERS = 6
+
+_UNDER_WAY_BYTES = 8 * 1024 * 1024
+"""What may be lost with a connection: pieces of 1 MiB of four runs, and what gRPC and the kernel hold of each."""
 
 _ASK = """
 import json, sys, time, urllib.error, urllib.request
@@ -139,6 +146,74 @@ def test_serve_here_and_join_there_is_all_it_takes(box: Lan, model: Model, tmp_p
             "the status says what lies on whose disk",
         )
     assert not processes_of(cluster)
+
+
+@pytest.fixture
+def slow_desk(box: Lan) -> Iterator[None]:
+    """The coordinator's link is slow enough that something can happen during a transfer."""
+    box.set_rate("desk", 40)
+    yield
+    box.set_rate("desk", None)
+
+
+@pytest.mark.usefixtures("slow_desk")
+def test_a_disk_that_fills_up_during_a_transfer_is_said_and_nothing_that_arrived_is_lost(
+    box: Lan, model: Model, tmp_path: Path
+) -> None:
+    state = tmp_path / "mini"
+    state.mkdir()
+    disk = hiding(small={state: 64 * 1024 * 1024})
+    with _desk_alone(box, model, tmp_path) as serve, _mini(box, model, state, serve, disk) as join:
+        _wait_for_received(serve.process, 0.6 * _model_bytes(model))
+        filler = Path(f"/proc/{join.pid}/root{state}/filler")  # its disk is its own
+        with suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(1 << 16))
+        assert "is full" in str(serve.process.wait_for("interrupted", START_S)["reason"])
+        filler.unlink()
+        _assert_ready_without_starting_over(serve, model)
+
+
+@pytest.mark.usefixtures("slow_desk")
+def test_a_node_that_is_killed_during_a_transfer_goes_on_where_it_was(box: Lan, model: Model, tmp_path: Path) -> None:
+    with _desk_alone(box, model, tmp_path) as serve:
+        with _mini(box, model, tmp_path / "mini", serve) as join:
+            _wait_for_received(serve.process, 0.6 * _model_bytes(model))
+            os.kill(join.pid, signal.SIGKILL)
+            serve.process.wait_for("node_left", START_S)
+        with _mini(box, model, tmp_path / "mini", serve):
+            _assert_ready_without_starting_over(serve, model)
+
+
+def _desk_alone(box: Lan, model: Model, tmp_path: Path) -> AbstractContextManager[Coordinator]:
+    options = ["--no-local-node", "--no-mdns", "--host", box.address("desk")]
+    return serving(model.folder, new_cluster(), tmp_path / "desk", *options, cluster_host="", prefix=box.prefix("desk"))
+
+
+def _mini(
+    box: Lan, model: Model, state: Path, serve: Coordinator, disk: Sequence[str] = ()
+) -> AbstractContextManager[Process]:
+    prefix = [*box.prefix("mini", machine_id="b" * 32, hidden=[model.folder]), *disk]
+    where = ["--no-mdns", "--coordinator", f"{box.address('desk')}:{serve.port}"]
+    return joined("mini", OTHER, serve.cluster, state, *where, host="", prefix=prefix)
+
+
+def _model_bytes(model: Model) -> int:
+    return model.slice_bytes({"layers": {"first": 0, "last": LAYERS}})
+
+
+def _wait_for_received(coordinator: Process, count: float) -> None:
+    while coordinator.wait_for("loading", START_S)["report"]["received_bytes"] < count:
+        pass
+
+
+def _assert_ready_without_starting_over(serve: Coordinator, model: Model) -> None:
+    serve.process.wait_for("ready", START_S)
+    received, latest = 0, 0  # of all attempts, each of which counts from zero
+    for report in [said["report"] for said in happenings(serve.process, "loading")]:
+        if report["phase"] == "fetching":
+            received, latest = received + max(report["received_bytes"] - latest, 0), report["received_bytes"]
+    assert received <= _model_bytes(model) * 1.05 + _UNDER_WAY_BYTES
 
 
 def test_where_multicast_is_not_carried_addresses_do(box: Lan, model: Model, tmp_path: Path) -> None:

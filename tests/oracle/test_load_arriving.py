@@ -19,7 +19,7 @@ from cluster.models.layout import owned_tensors
 from cluster.types import Backend
 from node.engine import Engine, StageSpec, everything_is_here
 from node.engines.registry import create_engine
-from tests.checkpoints import FAMILIES, MORE_FAMILIES, STATE_FAMILIES
+from tests.checkpoints import FAMILIES, MORE_FAMILIES, STATE_FAMILIES, make_checkpoint
 from tests.integer_checkpoints import quantised_checkpoint
 from tests.integration.live import has_backend
 from tests.oracle.pipelines import Vector, close_pipeline, load_pipeline, run_prefill, stage_specs
