@@ -187,8 +187,8 @@ def _new_keys_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     borrow = shared.borrow
 
     def newest(module: torch.nn.Module, offered: dict[str, shared.Cached]) -> shared.Cached:
-        keys, values = borrow(module, offered)
-        return torch.where(_is_newest(keys), keys, 0.0), torch.where(_is_newest(keys), values, 0.0)
+        keys, values, first = borrow(module, offered)
+        return torch.where(_is_newest(keys), keys, 0.0), torch.where(_is_newest(keys), values, 0.0), first
 
     monkeypatch.setattr(shared, "borrow", newest)
 
