@@ -29,7 +29,7 @@ def _root(context: typer.Context) -> None:
 
 @app.command("list")
 def list_models(state: _State = None, as_json: _Json = False) -> None:
-    """Show what this machine's nodes hold on disk."""
+    """Show what this machine's nodes hold on disk, and what was made of GGUF files."""
     from cluster.cli.running import run_command
     from cluster.cli.stored_models import list_command
 
@@ -52,7 +52,10 @@ def pull_model(
 
 @app.command("remove")
 def remove_model(model: _Model, state: _State = None, as_json: _Json = False) -> None:
-    """Remove a model from the stores of this machine's nodes. The hub's cache and your own folders stay."""
+    """Remove a model from the stores of this machine's nodes, or what was made of a GGUF file.
+
+    The hub's cache and your own files stay.
+    """
     from cluster.cli.running import run_command
     from cluster.cli.stored_models import remove_command
 

@@ -20,6 +20,7 @@ from cluster.models.hashing import CountProgress, counting, hash_file
 from cluster.models.manifest import Manifest, build_manifest
 from cluster.quantities import format_bytes
 from cluster.state_dir import StateDir, default_state_path, holder_pid
+from coordinator.gguf.store import Conversion, ConversionStore
 from coordinator.hub import ResolvedModel, find_model, resolve_model, work_on
 from coordinator.server import conversions_folder, coordinator_state
 from node.weights.inventory import StoredModel, checked_bytes, damaged, forget, stored_models
@@ -31,9 +32,15 @@ _ID_BEGINNING = re.compile(r"[0-9a-f]{6,64}")
 
 def list_command(state: Path | None, as_json: bool) -> int:
     root = state or default_state_path()
-    models = stored_models(root)
+    models, conversions = stored_models(root), ConversionStore(conversions_folder(state)).everything()
     if as_json:
-        return answer({"models": [_document(model) for model in models]})
+        made = [
+            {"name": c.name, "folder": str(c.folder), "bytes": c.size_bytes, "whole": c.is_whole} for c in conversions
+        ]
+        return answer({"models": [_document(model) for model in models], "converted": made})
+    for conversion in conversions:
+        so_far = "" if conversion.is_whole else " so far"
+        say(f"{conversion.name}  {format_bytes(conversion.size_bytes)}{so_far}  converted, in {conversion.folder}")
     if not models:
         say(f"No node's store at or below {root} holds a model yet; nodes fetch what a coordinator serves.")
     for model in models:
@@ -61,8 +68,9 @@ def pull_command(text: str, revision: str | None, state: Path | None, as_json: b
 
 
 def remove_command(text: str, state: Path | None, as_json: bool) -> int:
-    models = matching(text, state)
-    removed: list[dict[str, object]] = []
+    converted = _remove_conversions(text, state)
+    models = matching(text, state) if not converted else ()
+    removed: list[dict[str, object]] = [{"folder": str(c.folder), "bytes": c.size_bytes} for c in converted]
     for model in models:
         if pid := holder_pid(model.state):
             raise UserError(f"the node of process {pid} uses {model.state}; stop it first, then remove the model")
@@ -71,9 +79,23 @@ def remove_command(text: str, state: Path | None, as_json: bool) -> int:
         removed.append({"id": model.store.model, "state": str(model.state), "bytes": model.size_bytes})
     if as_json:
         return answer({"removed": removed})
+    for conversion in converted:
+        say(f"removed {conversion.folder}: {format_bytes(conversion.size_bytes)}")
     for model in models:
         say(f"removed {_name(model)} from {model.state}: {format_bytes(model.size_bytes)}")
     return 0
+
+
+def _remove_conversions(text: str, state: Path | None) -> tuple[Conversion, ...]:
+    """Remove what was made of the GGUF file that `text` names, with its suffix or without."""
+    store = ConversionStore(conversions_folder(state))
+    meant = tuple(c for c in store.everything() if text.removesuffix(".gguf") in (c.name, c.folder.name))
+    user = coordinator_state(state or default_state_path())
+    if meant and (pid := holder_pid(user)):
+        raise UserError(f"the coordinator of process {pid} uses {user}; stop it first, then remove the model")
+    for conversion in meant:
+        store.remove(conversion)
+    return meant
 
 
 def verify_command(text: str, state: Path | None, as_json: bool) -> int:

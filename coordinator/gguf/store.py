@@ -12,6 +12,8 @@ import fcntl
 import hashlib
 import json
 import os
+import re
+import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,6 +36,18 @@ _FORM: Final = 1
 
 _HASHES, _LOCK = "hashes", "lock"
 
+_FOLDER = re.compile(r"(?P<name>.+)-[0-9a-f]{16}(?P<unfinished>\.part)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """A folder of the store."""
+
+    folder: Path
+    name: str  # of the file that it was made of
+    size_bytes: int
+    is_whole: bool  # else the next start goes on with it
+
 
 @dataclass(frozen=True, slots=True)
 class ConversionStore:
@@ -46,6 +60,23 @@ class ConversionStore:
         files = open_gguf(path)
         target = self._target(files, None)[0]
         return target if target.is_dir() else None
+
+    def everything(self) -> tuple[Conversion, ...]:
+        """What takes disk here."""
+        try:
+            names = sorted(path.name for path in self.folder.iterdir())
+        except OSError:
+            return ()
+        found = []
+        for name in names:
+            if (match := _FOLDER.fullmatch(name)) and (self.folder / name).is_dir():
+                sizes = [path.stat().st_size for path in (self.folder / name).iterdir() if path.is_file()]
+                found.append(Conversion(self.folder / name, match["name"], sum(sizes), match["unfinished"] is None))
+        return tuple(found)
+
+    def remove(self, conversion: Conversion) -> None:
+        with self._alone():
+            shutil.rmtree(conversion.folder)
 
     def make(self, path: Path, progress: CountProgress | None = None, cancelled: threading.Event | None = None) -> Path:
         """The folder that the file at `path` becomes, now if it was not converted yet. Whatever is not converted is

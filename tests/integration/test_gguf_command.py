@@ -104,3 +104,17 @@ def test_a_wrong_file_is_refused_in_one_line(fault: str, tmp_path: Path) -> None
     assert said in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert str(path) in result.stderr
+
+
+def test_what_was_converted_is_listed_traced_and_removed(tmp_path: Path) -> None:
+    path, state = paper_gguf(tmp_path / "paper.gguf"), str(tmp_path / "state")
+    pulled = json.loads(potluck("models", "pull", str(path), "--state", state, "--json").stdout)
+    listed = json.loads(potluck("models", "list", "--state", state, "--json").stdout)["converted"]
+    assert [(model["name"], model["folder"], model["whole"]) for model in listed] == [("paper", pulled["folder"], True)]
+    told = json.loads(potluck("models", "provenance", str(path), "--state", state, "--json").stdout)
+    assert (told["source"], told["licence"], told["id"]) == (str(path), "mit", pulled["id"])
+    assert told["conversions"][0].startswith("converted from GGUF by Potluck")
+    removed = potluck("models", "remove", "paper.gguf", "--state", state)
+    assert removed.returncode == 0, removed.stderr
+    assert not Path(pulled["folder"]).exists()
+    assert potluck("models", "remove", "paper.gguf", "--state", state).returncode == 1
