@@ -87,6 +87,8 @@ def _in_words_of_transformers(tensors: dict[str, mx.array], config: dict[str, An
         head, _, part = name.partition(".switch_mlp.")
         if part:
             words |= {f"{head}.experts.{index}.{part}": array[index] for index in range(array.shape[0])}
+        elif ".experts.switch_glu." in name or ".feed_forward.experts." in name:
+            words |= _in_stacks(name, tensors, inputs_first=model_type == "llama4_text")
         elif model_type == "gpt_oss" and ".experts." in name:
             words |= _of_gpt_oss(name, tensors)
         elif name.endswith((".embed_q.weight", ".unembed_out.weight")):
@@ -101,6 +103,20 @@ def _in_words_of_transformers(tensors: dict[str, mx.array], config: dict[str, An
         else:
             words[name] = array
     return {name: mx.contiguous(array) for name, array in words.items()}
+
+
+def _in_stacks(name: str, tensors: dict[str, mx.array], *, inputs_first: bool) -> dict[str, mx.array]:
+    """Gates above ups in one stack of all experts."""
+    head, _, part = name.rpartition(".experts.")
+    prefix, _, rest = part.rpartition("gate_proj") if "gate_proj" in part else part.rpartition("up_proj")
+    if "down_proj" in part:
+        stack, array = "down_proj", tensors[name]
+    else:
+        stack = "gate_up_proj"
+        array = mx.concatenate(
+            [tensors[f"{head}.experts.{prefix}{half}_proj{rest}"] for half in ("gate", "up")], axis=1
+        )
+    return {f"{head}.experts.{stack}": array.swapaxes(1, 2) if inputs_first else array}
 
 
 def _of_gpt_oss(name: str, tensors: dict[str, mx.array]) -> dict[str, mx.array]:

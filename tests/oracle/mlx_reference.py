@@ -87,17 +87,21 @@ def _as_mlx_lm_reads_it(folder: Path) -> dict[str, object]:
         words["num_experts"] = config["num_local_experts"]
     if rope["rope_type"] != "default":
         words["rope_scaling"] = rope
+    if config["model_type"] == "llama4_text":  # a whole model of it is the vision-language one
+        return {"model_type": "llama4", "text_config": {"rope_scaling": None, **config, **words}}
     return words
 
 
 @cache
 def as_mlx_lm_stores_it(folder: Path) -> Path:
     """The same folder, or for gpt-oss another: mlx-lm reads transformers' files of it only when they are packed; or for
-    Qwen3.5 with experts, which it reads only as it was published. transformers' files of gpt-oss have experts as
-    [in, out] with gate and up in turns; here they are [out, in] and apart."""
+    Qwen3.5 with experts and Llama 4, which it reads only as they were published. transformers' files of gpt-oss have
+    experts as [in, out] with gate and up in turns; here they are [out, in] and apart."""
     config = json.loads((folder / "config.json").read_text())
     if config["model_type"] == "qwen3_5_moe_text":
         return experts_in_stacks(folder)
+    if config["model_type"] == "llama4_text":
+        return _below_language_model(folder)
     if config["model_type"] != "gpt_oss" or "quantization" in config:
         return folder
     weights: Any = mx.load(str(folder / "model.safetensors"))
@@ -116,6 +120,16 @@ def as_mlx_lm_stores_it(folder: Path) -> Path:
     target.mkdir()
     mx.save_safetensors(str(target / "model.safetensors"), stored, {"format": "mlx"})
     (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def _below_language_model(folder: Path) -> Path:
+    weights: Any = mx.load(str(folder / "model.safetensors"))
+    target = folder.with_name(f"{folder.name}_wrapped")
+    target.mkdir()
+    stored = {f"language_model.{name}": array for name, array in weights.items()}
+    mx.save_safetensors(str(target / "model.safetensors"), stored, {"format": "mlx"})
+    (target / "config.json").write_text((folder / "config.json").read_text())
     return target
 
 

@@ -31,6 +31,9 @@ from tests.oracle.test_mlx_families import AS_MLX_LM_COMPUTES_THEM
 FAMILIES = ("llama", "gemma3", "qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_next", "qwen3_5", "lfm2", "phi3")
 """Separate and fused matrices, tied heads, experts of three kinds, latents, and states."""
 
+MORE = ("gemma4", "gemma4_small", "qwen3_5_moe", "llama4")
+"""Packed tables of layers' own inputs, and stacks of experts under two more names."""
+
 Made = Callable[..., tuple[Path, Path]]
 Answers = Callable[..., Reference]
 
@@ -74,7 +77,7 @@ def test_a_packed_checkpoint_equals_transformers_on_the_unpacked_weights(
 
 
 @pytest.mark.parametrize("makers", [(TorchEngine, MlxEngine), (MlxEngine, TorchEngine)])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + MORE)
 def test_the_same_packed_file_runs_on_both_engines_together(
     family: str, makers: tuple[type, ...], made: Made, answer: Answers
 ) -> None:
