@@ -19,7 +19,9 @@ from cluster.models.hashing import CountProgress
 LOCAL_REVISION = "local"
 
 _HUB_ID = re.compile(
-    r"(?P<id>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@(?P<revision>[\w./-]{1,200}))?", re.ASCII
+    r"(?P<id>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})"
+    r"(?:/(?P<gguf>[A-Za-z0-9][\w.-]{0,190}\.gguf))?(?:@(?P<revision>[\w./-]{1,200}))?",
+    re.ASCII,
 )
 _GGUF = ".gguf"
 _WEIGHT_SUFFIXES = (_GGUF, ".safetensors", ".bin", ".pth", ".pt", ".json")
@@ -50,6 +52,18 @@ class HubModel:
     revision: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class HubGguf:
+    """A GGUF file on the hub, or one of a set."""
+
+    repository: str
+    file: str
+    revision: str | None
+
+
+Meant = Path | GgufModel | HubModel | HubGguf
+
+
 def resolve_model(
     text: str,
     *,
@@ -78,6 +92,14 @@ def resolve_model(
             wanted = revision or named
             folder, commit = download(repository, wanted, progress, cancelled or threading.Event(), hashes)
             return ResolvedModel(folder, repository, commit, address(repository))
+        case HubGguf(repository, gguf, named):
+            from coordinator.gguf.store import ConversionStore
+            from coordinator.hub_download import address, download
+
+            stop = cancelled or threading.Event()
+            there, commit = download(repository, revision or named, progress, stop, gguf=gguf)
+            folder = ConversionStore(conversions).make(there / gguf, progress, stop)
+            return _fetched(folder, repository, gguf, commit, address(repository))
 
 
 def find_model(text: str, *, conversions: Path, revision: str | None = None) -> ResolvedModel | None:
@@ -96,6 +118,14 @@ def find_model(text: str, *, conversions: Path, revision: str | None = None) -> 
 
             found = find_cached(repository, revision or named or "main")
             return ResolvedModel(found[0], repository, found[1], address(repository)) if found else None
+        case HubGguf(repository, gguf, named):
+            from coordinator.gguf.store import ConversionStore
+            from coordinator.hub_download import address, find_cached
+
+            if (found := find_cached(repository, revision or named or "main", gguf)) is None:
+                return None
+            made = ConversionStore(conversions).find(found[0] / gguf)
+            return _fetched(made, repository, gguf, found[1], address(repository)) if made else None
 
 
 def peek_model(text: str, *, revision: str | None = None) -> Checkpoint:
@@ -112,6 +142,10 @@ def peek_model(text: str, *, revision: str | None = None) -> Checkpoint:
             from coordinator.hub_headers import peek
 
             return peek(repository, revision or named)
+        case HubGguf(repository, gguf, named):
+            from coordinator.hub_headers import peek_gguf
+
+            return peek_gguf(repository, revision or named, gguf)
 
 
 def work_on(text: str) -> str:
@@ -119,15 +153,25 @@ def work_on(text: str) -> str:
     match parse_model(text):
         case GgufModel(path):
             return f"converting {path.name}"
+        case HubGguf():
+            return f"downloading and converting {text}"
         case Path() | HubModel():
             return f"downloading {text}"
 
 
 def _converted(folder: Path, path: Path) -> ResolvedModel:
-    return ResolvedModel(folder, path.name.removesuffix(_GGUF), LOCAL_REVISION, str(path))
+    from coordinator.gguf.source import model_name
+
+    return ResolvedModel(folder, model_name(path.name), LOCAL_REVISION, str(path))
 
 
-def parse_model(text: str) -> Path | GgufModel | HubModel:
+def _fetched(folder: Path, repository: str, gguf: str, commit: str, address: str) -> ResolvedModel:
+    from coordinator.gguf.source import model_name
+
+    return ResolvedModel(folder, f"{repository}/{model_name(gguf)}", commit, address)
+
+
+def parse_model(text: str) -> Meant:
     """What `text` means, decided by looking at this machine's disk alone."""
     if text == "demo":
         from coordinator.builtin import demo_model_path
@@ -145,15 +189,17 @@ def parse_model(text: str) -> Path | GgufModel | HubModel:
             f"{text} is a file; give the folder that it lies in, with config.json and *.safetensors, or a {_GGUF} file"
         )
     match = _HUB_ID.fullmatch(text)
-    if match is None or text.endswith(_WEIGHT_SUFFIXES):
+    if match is None or (match["gguf"] is None and text.endswith(_WEIGHT_SUFFIXES)):
         hint = "" if "/" in text else f"; a model on the hub is written org/name, the built-in one is demo, not {text}"
         raise ModelError(f"there is no folder {path.absolute()}{hint}")
-    if Path(text).parent.is_dir():
+    if any(parent.is_dir() for parent in [*Path(text).parents][:-1]):
         # models/lama beside an existing folder models: a typing error is likelier than an organisation of that name.
         raise ModelError(
             f"there is no folder {path.absolute()}, though there is {path.absolute().parent}. "
             f"If you mean {match['id']} on the hub, start Potluck in another folder"
         )
+    if match["gguf"]:
+        return HubGguf(match["id"], match["gguf"], match["revision"])
     return HubModel(match["id"], match["revision"])
 
 

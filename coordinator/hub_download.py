@@ -39,6 +39,7 @@ from cluster.models.hashing import Advance, CountProgress, counting
 from cluster.models.manifest import is_small_model_file
 from cluster.models.strict_json import read_object
 from cluster.quantities import format_bytes
+from coordinator.gguf.source import SUFFIX, check_listed, part_names
 from coordinator.hub_stream import BlobStream, HubFile, part_path
 
 _log = logging.getLogger(__name__)
@@ -54,12 +55,13 @@ def download(
     progress: CountProgress | None,
     cancelled: threading.Event,
     hashes: Path | None = None,
+    gguf: str | None = None,
 ) -> tuple[Path, str]:
     """The folder with the model's needed files, and the commit that `revision` means now. What is known of their
-    tensors' hashes when they are here is remembered in `hashes`."""
+    tensors' hashes when they are here is remembered in `hashes`. With `gguf` only that file's model is needed."""
     disable_progress_bars()  # ours is shown instead
     branch = revision or constants.DEFAULT_REVISION
-    cached = find_cached(repository, branch)
+    cached = find_cached(repository, branch, gguf)
     if constants.HF_HUB_OFFLINE:
         if cached is None:
             raise ModelError(
@@ -71,14 +73,14 @@ def download(
         return cached  # a commit never changes, so there is nothing to ask
     try:
         with explained(repository, branch):
-            commit, files = list_files(repository, branch)
+            commit, files = list_files(repository, branch, gguf)
     except _Unreachable:
         if cached is None:
             raise
         _log.warning("%s cannot be reached; using %s as of commit %s", constants.ENDPOINT, repository, cached[1][:12])
         return cached
     with explained(repository, branch):
-        folder = _Download(repository, commit, files, cancelled, hashes).run(progress)
+        folder = _Download(repository, commit, files, cancelled, hashes, gguf).run(progress)
     _remember_revision(repository, branch, commit)
     return folder, commit
 
@@ -88,8 +90,12 @@ def address(repository: str) -> str:
     return f"{constants.ENDPOINT}/{repository}"
 
 
-def find_cached(repository: str, revision: str) -> tuple[Path, str] | None:
-    """The cached snapshot of `revision` and its commit, if the configuration and all weights are there."""
+def find_cached(repository: str, revision: str, gguf: str | None = None) -> tuple[Path, str] | None:
+    """The cached snapshot of `revision` and its commit, if the configuration and all weights are there (or `gguf`)."""
+    if gguf is not None:
+        parts = [try_to_load_from_cache(repository, name, revision=revision) for name in part_names(gguf)]
+        here = [Path(part).parent for part in parts if isinstance(part, str)]
+        return (here[0], here[0].name) if len(here) == len(parts) else None
     config = try_to_load_from_cache(repository, CONFIG_FILE, revision=revision)
     if not isinstance(config, str):
         return None
@@ -101,8 +107,8 @@ def find_cached(repository: str, revision: str) -> tuple[Path, str] | None:
     return (folder, folder.name) if all((folder / name).is_file() for name in weights) else None
 
 
-def list_files(repository: str, revision: str) -> tuple[str, dict[str, HubFile]]:
-    """The commit that `revision` means now, and the files in the repository's top folder."""
+def list_files(repository: str, revision: str, gguf: str | None = None) -> tuple[str, dict[str, HubFile]]:
+    """The commit that `revision` means now, and the files in the repository's top folder, what is needed among them."""
     info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=_TIMEOUT_S)
     files = {
         sibling.rfilename: HubFile(sibling.rfilename, sibling.size or 0, sibling.lfs.sha256 if sibling.lfs else "")
@@ -111,12 +117,17 @@ def list_files(repository: str, revision: str) -> tuple[str, dict[str, HubFile]]
     }
     if info.sha is None:
         raise ModelError(f"{constants.ENDPOINT} names no commit for {repository}; is HF_ENDPOINT a hub?")
+    if gguf is not None:
+        check_listed(gguf, files, repository)
+        return info.sha, files
     weights = [name for name in files if name.endswith(".safetensors")]
+    if not weights and (ggufs := sorted(name for name in files if name.endswith(SUFFIX))):
+        raise ModelError(f"{repository} holds GGUF files: name one of them, such as {repository}/{ggufs[0]}")
     if CONFIG_FILE not in files or not weights:
         missing = f"no {CONFIG_FILE}" if CONFIG_FILE not in files else "no safetensors files"
         raise ModelError(
             f"{repository} has {missing}, so Potluck cannot serve it. Look for the original model or a version in "
-            "safetensors: Potluck does not read GGUF, .bin or ONNX files"
+            "safetensors: Potluck does not read .bin or ONNX files"
         )
     return info.sha, files
 
@@ -146,8 +157,10 @@ class _Download:
         files: dict[str, HubFile],
         cancelled: threading.Event,
         hashes: Path | None,
+        gguf: str | None,
     ) -> None:
         self._hashes = hashes
+        self._gguf = gguf
         self._repository = repository
         self._commit = commit
         self._files = files
@@ -157,9 +170,13 @@ class _Download:
         self._blobs = cache / repo_folder_name(repo_id=repository, repo_type="model") / "blobs"
 
     def run(self, progress: CountProgress | None) -> Path:
-        small = [name for name in self._files if is_small_model_file(name) or is_card_file(name)]
-        folder = self._snapshot(small)  # the index among them says which weights count
-        weights = [self._files[name] for name in weights_of(set(self._files), folder)]
+        if self._gguf is None:
+            small = [name for name in self._files if is_small_model_file(name) or is_card_file(name)]
+            folder = self._snapshot(small)  # the index among them says which weights count
+            weights = [self._files[name] for name in weights_of(set(self._files), folder)]
+        else:
+            small, weights = [], [self._files[name] for name in part_names(self._gguf)]
+            self._blobs.mkdir(parents=True, exist_ok=True)
         streamed = [file for file in weights if self._is_streamed(file)]
         self._check_room(weights)
         sizes = {name: self._files[name].size_bytes for name in (*small, *(file.name for file in weights))}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import constants, get_session, hf_hub_download, hf_hub_url
@@ -19,13 +20,18 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 
 from cluster.errors import ModelError
 from cluster.models.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint, open_checkpoint
+from cluster.models.gguf_header import parse_gguf_header
 from cluster.models.safetensors_header import LENGTH_BYTES, header_bytes
+from coordinator.gguf.architectures import COMPUTED
+from coordinator.gguf.layout import lay_out
+from coordinator.gguf.source import open_gguf, part_names
 from coordinator.hub_download import explained, find_cached, list_files, weights_of
 
 _FIRST_BYTES = 256 * 1024
 """Holds the headers of nearly all files, so that one request each is enough."""
 
 _TIMEOUT_S = 30.0
+_PARTIAL = 206
 
 
 def peek(repository: str, revision: str | None) -> Checkpoint:
@@ -36,10 +42,7 @@ def peek(repository: str, revision: str | None) -> Checkpoint:
     if cached is not None:
         return open_checkpoint(cached[0])
     if constants.HF_HUB_OFFLINE:
-        raise ModelError(
-            f"{repository} at {branch} is not in {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: "
-            "unset it once to download the model"
-        )
+        raise _offline(repository, branch)
     with tempfile.TemporaryDirectory(prefix="potluck-peek-") as scratch, explained(repository, branch):
         folder = Path(scratch)
         commit, files = list_files(repository, branch)
@@ -51,26 +54,88 @@ def peek(repository: str, revision: str | None) -> Checkpoint:
         return open_checkpoint(folder)
 
 
+def peek_gguf(repository: str, revision: str | None, gguf: str) -> Checkpoint:
+    """What the GGUF file called `gguf` would become, told from the headers of its model's files."""
+    disable_progress_bars()
+    branch = revision or constants.DEFAULT_REVISION
+    cached = find_cached(repository, branch, gguf)
+    if cached is not None:
+        return lay_out(open_gguf(cached[0] / gguf)).checkpoint()
+    if constants.HF_HUB_OFFLINE:
+        raise _offline(repository, branch)
+    with tempfile.TemporaryDirectory(prefix="potluck-peek-") as scratch, explained(repository, branch):
+        folder = Path(scratch)
+        commit, files = list_files(repository, branch, gguf)
+        for name in part_names(gguf):
+            url = hf_hub_url(repository, name, revision=commit)
+            _write_hollow_gguf(folder / name, url, files[name].size_bytes)
+        return lay_out(open_gguf(folder / gguf)).checkpoint()
+
+
+def _offline(repository: str, branch: str) -> ModelError:
+    return ModelError(
+        f"{repository} at {branch} is not in {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: "
+        "unset it once to download the model"
+    )
+
+
+class _Arriving:
+    """The beginning of an answer, read no further than it is needed."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+        self._given = 0
+        self.data = bytearray()
+
+    def read(self, size: int, /) -> bytes:
+        end = self._given + size
+        while len(self.data) < end:
+            piece = next(self._pieces, None)
+            if piece is None:
+                break
+            self.data += piece
+        found = bytes(self.data[self._given : end])
+        self._given += len(found)
+        return found
+
+
+def _write_hollow_gguf(path: Path, url: str, size_bytes: int) -> None:
+    """A sparse file of the right length with the header, and the few numbers that say how positions rotate."""
+    headers = build_hf_headers() | {"Accept-Encoding": "identity"}
+    with get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT_S) as response:
+        hf_raise_for_status(response)
+        arriving = _Arriving(response.iter_bytes())
+        header = parse_gguf_header(arriving, size_bytes, path.name)
+    path.write_bytes(arriving.data)
+    os.truncate(path, size_bytes)
+    with path.open("r+b") as file:
+        for name in COMPUTED & header.tensors.keys():
+            tensor = header.tensors[name]
+            file.seek(tensor.begin)
+            file.write(_read(url, tensor.begin, min(tensor.end, tensor.begin + _FIRST_BYTES)))
+
+
 def _write_hollow(path: Path, url: str, size_bytes: int) -> None:
     """A sparse file of the weight file's length that begins with its header."""
-    head = _read(url, min(_FIRST_BYTES, size_bytes))
+    head = _read(url, 0, min(_FIRST_BYTES, size_bytes))
     needed = LENGTH_BYTES + header_bytes(head[:LENGTH_BYTES], size_bytes, path.name)
     if needed > len(head):
-        head = _read(url, needed)
+        head = _read(url, 0, needed)
     path.write_bytes(head[:needed])
     os.truncate(path, size_bytes)
 
 
-def _read(url: str, count: int) -> bytes:
-    """The first `count` bytes; a server that knows no ranges is cut off there."""
-    headers = build_hf_headers() | {"Accept-Encoding": "identity", "Range": f"bytes=0-{count - 1}"}
+def _read(url: str, begin: int, end: int) -> bytes:
+    """Bytes [begin, end); a server that knows no ranges is cut off there."""
+    headers = build_hf_headers() | {"Accept-Encoding": "identity", "Range": f"bytes={begin}-{end - 1}"}
     data = bytearray()
     with get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT_S) as response:
         hf_raise_for_status(response)
+        skipped = 0 if response.status_code == _PARTIAL else begin
         for piece in response.iter_bytes():
             data += piece
-            if len(data) >= count:
+            if len(data) >= skipped + end - begin:
                 break
-    if len(data) < count:
-        raise ModelError(f"{url} ended after {len(data)} bytes; {count} were asked for. Try again")
-    return bytes(data[:count])
+    if len(data) < skipped + end - begin:
+        raise ModelError(f"{url} ended after {len(data)} bytes; {end - begin} from {begin} were asked for. Try again")
+    return bytes(data[skipped : skipped + end - begin])

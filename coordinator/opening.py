@@ -24,7 +24,16 @@ from cluster.models.hashing import CountProgress
 from cluster.models.manifest import Manifest, build_manifest
 from cluster.placement import Ask
 from coordinator.happenings import ModelOpened, Tell, Working
-from coordinator.hub import HubModel, ResolvedModel, find_model, parse_model, peek_model, resolve_model, work_on
+from coordinator.hub import (
+    HubGguf,
+    HubModel,
+    ResolvedModel,
+    find_model,
+    parse_model,
+    peek_model,
+    resolve_model,
+    work_on,
+)
 
 _T = TypeVar("_T")
 
@@ -89,7 +98,7 @@ async def open_model(wanted: WantedModel, ask: Ask, cache: Path, conversions: Pa
 def _peek(wanted: WantedModel, conversions: Path) -> ModelFacts | None:
     """What is known of a model before it is downloaded, from its configuration and headers: what cannot be served is
     refused now, and not after hours. None for a model that is here, or is to be converted here."""
-    if not isinstance(parse_model(wanted.text), HubModel):
+    if not isinstance(parse_model(wanted.text), HubModel | HubGguf):
         return None
     if find_model(wanted.text, conversions=conversions, revision=wanted.revision) is not None:
         return None

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Protocol
 
 from cluster.errors import ModelError
 from cluster.limits import (
@@ -38,6 +38,12 @@ _READ_BYTES = 1 * MIB
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", _BOOL: "B", 10: "Q", 11: "q", 12: "d"}
 """Kinds of metadata numbers, as `struct` writes them; each is little-endian."""
+
+
+class Readable(Protocol):
+    """What gives bytes from its beginning on: a file, or an answer that is still arriving."""
+
+    def read(self, size: int, /) -> bytes: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +77,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
         raise ModelError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
 
 
-def parse_gguf_header(file: BinaryIO, file_bytes: int, name: str) -> GgufHeader:
+def parse_gguf_header(file: Readable, file_bytes: int, name: str) -> GgufHeader:
     """Check the header at the beginning of `file`, which has `file_bytes`. Messages call it `name`."""
     source = _Source(file, file_bytes, name)
     magic = source.take(len(_MAGIC)) if file_bytes >= len(_MAGIC) else b""
@@ -115,7 +121,7 @@ class _Place:
 class _Source:
     """The header's bytes, read as far as they are needed and never further than a header may reach."""
 
-    def __init__(self, file: BinaryIO, file_bytes: int, name: str) -> None:
+    def __init__(self, file: Readable, file_bytes: int, name: str) -> None:
         self._file = file
         self._name = name
         self._end = min(file_bytes, GGUF_HEADER_BYTES_MAX)

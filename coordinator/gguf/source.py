@@ -6,7 +6,7 @@ Owns: which files belong together, and typed access to what they say. Knows no a
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -131,7 +131,7 @@ class Metadata:
 
 def open_gguf(path: Path) -> GgufFiles:
     """Read the headers of the model that the file at `path` is, or is a part of."""
-    paths, stem = _parts(path)
+    paths = _parts(path)
     headers = [read_gguf_header(part) for part in paths]
     facts = Metadata(headers[0].metadata, str(paths[0]))
     if (count := facts.integer("split.count", 1)) not in (0, len(paths)):
@@ -145,7 +145,7 @@ def open_gguf(path: Path) -> GgufFiles:
             if name in tensors:
                 raise ModelError(f"both {tensors[name][0]} and {part} hold {name!r}; download the model again")
             tensors[name] = (part, tensor)
-    return GgufFiles(stem, paths, facts, tensors)
+    return GgufFiles(model_name(path.name), paths, facts, tensors)
 
 
 def find_gguf(folder: Path) -> Path | None:
@@ -172,15 +172,33 @@ def read_bytes(path: Path, begin: int, end: int) -> bytes:
     return found
 
 
-def _parts(path: Path) -> tuple[tuple[Path, ...], str]:
-    match = _PART.fullmatch(path.name)
+def part_names(name: str) -> tuple[str, ...]:
+    """The files of the model that the file called `name` is, or is a part of."""
+    match = _PART.fullmatch(name)
     if match is None:
-        return (path,), path.name.removesuffix(SUFFIX)
+        return (name,)
     count = int(match["count"])
     if not 1 <= count <= _PARTS_MAX:
-        raise ModelError(f"{path}: a model in {count} files; expected at most {_PARTS_MAX}")
-    parts = [path.with_name(f"{match['stem']}-{number + 1:05}-of-{count:05}{SUFFIX}") for number in range(count)]
+        raise ModelError(f"{name}: a model in {count} files; expected at most {_PARTS_MAX}")
+    return tuple(f"{match['stem']}-{number + 1:05}-of-{count:05}{SUFFIX}" for number in range(count))
+
+
+def check_listed(name: str, names: Iterable[str], where: str) -> None:
+    """ModelError unless all files of the model that `name` is of are among `names`."""
+    there = set(names)
+    if absent := [part for part in part_names(name) if part not in there]:
+        others = ", ".join(sorted(other for other in there if other.endswith(SUFFIX))) or f"no {SUFFIX} files"
+        raise ModelError(f"{where} has no file {absent[0]}; it has {others}")
+
+
+def model_name(name: str) -> str:
+    """What to call the model of a file: without the suffix, and without the number of a part."""
+    return _PART.sub(r"\g<stem>", name).removesuffix(SUFFIX)
+
+
+def _parts(path: Path) -> tuple[Path, ...]:
+    parts = tuple(path.with_name(name) for name in part_names(path.name))
     missing = [part.name for part in parts if not part.is_file()]
-    if missing:
-        raise ModelError(f"{path.parent}: expected {count} files of {match['stem']}, but {missing[0]} is missing")
-    return tuple(parts), match["stem"]
+    if missing and len(parts) > 1:
+        raise ModelError(f"{path.parent}: expected {len(parts)} files of one model, but {missing[0]} is missing")
+    return parts

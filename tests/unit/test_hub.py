@@ -11,7 +11,7 @@ import pytest
 from cluster.errors import ModelError
 from cluster.models.checkpoint import open_checkpoint
 from cluster.models.facts import read_facts
-from coordinator.hub import GgufModel, HubModel, find_model, parse_model, peek_model, resolve_model, work_on
+from coordinator.hub import GgufModel, HubGguf, HubModel, find_model, parse_model, peek_model, resolve_model, work_on
 from coordinator.text.model import load_text_model
 from tests.gguf_paper import paper_gguf
 
@@ -44,6 +44,8 @@ def test_demo_is_the_built_in_model() -> None:
         ("Org-1/Model.v2_x@main", HubModel("Org-1/Model.v2_x", "main")),
         ("org/name@refs/pr/3", HubModel("org/name", "refs/pr/3")),
         ("org/name@" + "0" * 40, HubModel("org/name", "0" * 40)),
+        ("org/name-GGUF/name.Q4_K_M.gguf", HubGguf("org/name-GGUF", "name.Q4_K_M.gguf", None)),
+        ("org/name/x-00001-of-00002.gguf@v1", HubGguf("org/name", "x-00001-of-00002.gguf", "v1")),
     ],
 )
 def test_a_hub_id_may_name_a_revision(text: str, meant: HubModel) -> None:
@@ -55,7 +57,7 @@ def test_a_hub_id_may_name_a_revision(text: str, meant: HubModel) -> None:
     [
         "./models/mine", "../mine", "/models/mine", "~/models/mine", "models/mine/", "a/b/c", "models\\mine",
         "mine", "", "org/", "/name", "org/name@", "org/name.gguf", "org/model.safetensors", "org/na me", "örg/name",
-        "org/-name", "org/name@a b",
+        "org/-name", "org/name@a b", "./org/name/x.gguf", "a/b/c/x.gguf", "org/x.gguf", "x.gguf",
     ],
 )  # fmt: skip
 def test_what_looks_like_a_path_is_a_missing_folder(text: str) -> None:
@@ -67,6 +69,12 @@ def test_a_typing_error_beside_real_folders_is_a_missing_folder(tmp_path: Path) 
     (tmp_path / "models" / "llama").mkdir(parents=True)
     with pytest.raises(ModelError, match=r"no folder .*models/lama"):
         parse_model("models/lama")
+
+
+def test_a_typing_error_in_a_file_beside_real_folders_is_one_too(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    with pytest.raises(ModelError, match=r"no folder .*lama/x\.gguf"):
+        parse_model("models/lama/x.gguf")
 
 
 def test_a_missing_folder_never_reaches_for_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
