@@ -194,6 +194,11 @@ class _Run:
             leaving.append(engine.step([row], inputs))
         return leaving
 
+    def computes_alike(self, part: Part) -> bool:
+        """The same library on the same device. What torch keeps packed, transformers has unpacked and rounded."""
+        packed = self.subject.facts.quantization is not None
+        return part.device == self.trace.device and not (packed and part.device.backend is Backend.TORCH)
+
     def compare(self, part: Part, engine: Engine) -> Comparison:
         """Give the part what the reference had where it begins, and see what it makes of it."""
         layers, hidden, facts = part.layers, self.trace.hidden, self.subject.facts
@@ -205,7 +210,7 @@ class _Run:
         else:
             found = np.concatenate([from_host(output[0]) for output in leaving if isinstance(output, tuple)])
             error = self.summary(errors_of(found, hidden[layers.last], hidden[layers.first : layers.last + 1]))
-        same = part.device == self.trace.device
+        same = self.computes_alike(part)
         return Comparison(part, error, self.tolerance(len(layers), same=same))
 
     def sketch(self, part: Part, engine: Engine) -> Sketch:
@@ -236,7 +241,7 @@ class _Run:
 
     def compare_chain(self, leaving: Sequence[Boundary | Logits | None]) -> Chain:
         logits = _logits(leaving)
-        same = all(part.device == self.trace.device for part in self.subject.stages)
+        same = all(self.computes_alike(part) for part in self.subject.stages)
         return Chain(
             self.logits_error(logits),
             self.tolerance(self.subject.facts.layer_count, same=same),

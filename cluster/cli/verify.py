@@ -73,7 +73,9 @@ def verify_command(command: VerifyCommand) -> int:
         checkpoint = open_checkpoint(model.folder)
         subject = _subject(checkpoint, command, cuts, bits)
         reference = _reference(subject.facts)
-        check_memory(subject, reference, command.tokens)
+        # transformers unpacks nothing that is packed only at load: it holds all of what is stored.
+        whole = subject.facts if reference.backend is Backend.MLX else read_facts(checkpoint)
+        check_memory(subject, whole.stored_bytes, reference, command.tokens)
         # The coordinator remembers hashes there, and so they need not be computed again.
         manifest = build_manifest(
             checkpoint,
@@ -161,16 +163,16 @@ def _best_device(facts: ModelFacts) -> Device:
 def _reference(facts: ModelFacts) -> Device:
     """transformers on the processor, whose arithmetic no driver and no fast kernel changes; where it is not
     installed or cannot read the checkpoint, mlx-lm where MLX runs best."""
-    by_mlx = facts.quantization is not None and facts.quantization.kind in MLX_MODES
+    by_mlx = facts.bits is None and facts.quantization is not None and facts.quantization.kind in MLX_MODES
     if not by_mlx and Backend.TORCH in facts.backends & read_machine().engines:
         return detect_devices(Backend.TORCH, "cpu")[0]
     return detect_devices(Backend.MLX)[0]
 
 
-def check_memory(subject: Subject, reference: Device, tokens: int) -> None:
+def check_memory(subject: Subject, whole_bytes: int, reference: Device, tokens: int) -> None:
     """Refuse now what would otherwise end in swapping, or in a process that the system kills."""
     facts = subject.facts
-    needs = [(facts.stored_bytes, reference, "the reference holds the whole model", "use a machine with more memory")]
+    needs = [(whole_bytes, reference, "the reference holds the whole model", "use a machine with more memory")]
     for part in subject.stages:
         cost = stage_cost(facts, part.layers, part.device.backend, context=tokens, users=SEQUENCES)
         needs.append(

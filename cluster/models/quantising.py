@@ -7,7 +7,6 @@ packing in groups of GROUP columns, which the engines make alike.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from math import prod
 from typing import Final
 
@@ -15,7 +14,7 @@ from cluster.errors import ModelError, UsageError
 from cluster.models.checkpoint import StoredTensor
 from cluster.models.family import Family
 from cluster.models.formats import Packing, Quantization, Width
-from cluster.models.layout import Embedding, Head, Layer, is_expert, part_of, within_layer
+from cluster.models.layout import Embedding, Head, Layer, LayerInputs, is_expert, part_of, within_layer
 from cluster.models.matrices import Matrix, Role
 from cluster.types import DType
 
@@ -60,7 +59,7 @@ def is_packed_at_load(name: str, shape: tuple[int, ...], family: Family) -> bool
     """Whether the tensor called `name` is packed: matrices of linear layers, of the embedding and the head, and stacks
     of experts, where groups divide their columns. `shape` ends with the inputs, whatever the order in the file."""
     part, inner = part_of(name), within_layer(name)
-    if not isinstance(part, Embedding | Layer | Head) or not shape or shape[-1] % GROUP:
+    if not isinstance(part, Embedding | LayerInputs | Layer | Head) or not shape or shape[-1] % GROUP:
         return False
     if inner in _WHOLE or inner == family.router:
         return False
@@ -91,18 +90,19 @@ def packed_bytes(shape: tuple[int, ...], bits: int, dtype: DType) -> int:
 
 def _packed(matrix: Matrix, family: Family, bits: int, dtype: DType) -> Matrix:
     shape = inputs_last(matrix.name, matrix.shape, family)
-    if not is_packed_at_load(matrix.name, shape, family):
+    if matrix.packing is not Packing.NONE or not is_packed_at_load(matrix.name, shape, family):
         return matrix
     *rows, columns = shape
-    values = matrix.values
+    source, groups = matrix.values, (*rows, columns // GROUP)
     tensors = {
-        Role.VALUES: _made(values, DType.U32, (*rows, columns * bits // 32)),
-        Role.SCALES: _made(values, dtype, (*rows, columns // GROUP)),
-        Role.BIASES: _made(values, dtype, (*rows, columns // GROUP)),
+        Role.VALUES: _made(source, Role.VALUES, DType.U32, (*rows, columns * bits // 32)),
+        Role.SCALES: _made(source, Role.SCALES, dtype, groups),
+        Role.BIASES: _made(source, Role.BIASES, dtype, groups),
     }
     return Matrix(matrix.name, Packing.AFFINE, shape, Width(bits, GROUP), tensors)
 
 
-def _made(source: StoredTensor, dtype: DType, shape: tuple[int, ...]) -> StoredTensor:
-    """A tensor that is in no file, in the place of the one that it is made of."""
-    return replace(source, dtype=dtype, shape=shape, begin=0, end=prod(shape) * dtype.size_bytes)
+def _made(source: StoredTensor, role: Role, dtype: DType, shape: tuple[int, ...]) -> StoredTensor:
+    """A tensor that is in no file; its name says what it is made of, and it begins where that does."""
+    end = source.begin + prod(shape) * dtype.size_bytes
+    return StoredTensor(f"{source.name} ({role}, made at load)", dtype, shape, source.file, source.begin, end)

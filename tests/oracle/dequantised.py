@@ -5,6 +5,7 @@ Written apart from the product: which tensors are packed is a list of names here
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -23,19 +24,23 @@ _ROUTER = re.compile(r".+\.mlp\.gate\.weight")
 
 
 def dequantised(folder: Path, target: Path, bits: int) -> Path:
-    """The checkpoint with every packed matrix rounded to `bits`, in groups of 64 inputs."""
+    """The checkpoint with every packed matrix rounded to `bits`, in groups of 64 inputs; in float32, which holds codes
+    times scales plus biases as they are."""
     shutil.copytree(folder, target)
+    stated = json.loads((folder / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(stated | {"dtype": "float32"}))
     tensors: Any = mx.load(str(folder / "model.safetensors"))
     for name, array in tensors.items():
-        turned = "gpt_oss" in (folder / "config.json").read_text() and ".experts." in name and array.ndim == 3
+        turned = stated["model_type"] == "gpt_oss" and ".experts." in name and array.ndim == 3
         matrix = array.swapaxes(1, 2) if turned else array
         if _PACKED.fullmatch(name) and not _ROUTER.fullmatch(name) and matrix.shape[-1] % 64 == 0:
-            rounded = _rounded(matrix, bits)
-            tensors[name] = mx.contiguous(rounded.swapaxes(1, 2)) if turned else rounded
+            matrix = _rounded(matrix, bits)
+        tensors[name] = mx.contiguous(matrix.swapaxes(1, 2) if turned else matrix).astype(mx.float32)
     mx.save_safetensors(str(target / "model.safetensors"), tensors, {"format": "pt"})
     return target
 
 
 def _rounded(matrix: mx.array, bits: int) -> mx.array:
-    packed = mx.quantize(matrix, group_size=64, bits=bits, stream=mx.cpu)
-    return mx.dequantize(*packed, group_size=64, bits=bits, stream=mx.cpu).astype(matrix.dtype)
+    codes, scales, biases = mx.quantize(matrix, group_size=64, bits=bits, stream=mx.cpu)
+    wide = scales.astype(mx.float32), biases.astype(mx.float32)
+    return mx.dequantize(codes, *wide, group_size=64, bits=bits, stream=mx.cpu)

@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("mlx_lm", reason="the MLX engine needs the extra [mlx]")
 
+import mlx.core as mx
+
 from cluster.cli.verify import even_cut
+from cluster.errors import ModelError
 from cluster.models.checkpoint import open_checkpoint
 from cluster.models.facts import read_facts
 from cluster.types import Backend, LayerRange
 from node.engine import Engine
+from node.engines.mlx import weights as mlx_weights
 from node.engines.mlx.engine import MlxEngine
 from node.engines.mlx.reference import trace_whole_model as trace_by_mlx
 from node.engines.registry import create_engine
+from node.engines.torch import quantising as torch_packing
+from node.engines.torch.engine import TorchEngine
 from node.engines.torch.reference import trace_whole_model as trace_by_torch
 from node.verification import Part, Subject, Verdict, verify
 from tests.checkpoints import make_checkpoint
+from tests.oracle import pipelines
 from tests.oracle.conftest import TOLERANCE
 from tests.oracle.dequantised import dequantised
-from tests.oracle.pipelines import greedy, load_pipeline, stage_specs
+from tests.oracle.pipelines import greedy, load_pipeline, run_prefill, stage_specs
 from tests.oracle.reference import LAST_TOKENS, Reference, WholeModel, decisive_reference, random_prompt
 from tests.oracle.test_mixed import assert_equal
+from tests.oracle.test_mlx_load import quantised
 from tests.oracle.test_verify import DEVICES, TOKENS
 
 Folders = Callable[[str, int], tuple[Path, Path]]
 
-MLX = MlxEngine
+Maker = Callable[[], Engine]
+
+MLX, TORCH = MlxEngine, TorchEngine
 
 FAMILIES: dict[str, dict[str, object]] = {
     "llama": {},
@@ -67,21 +78,87 @@ def expected(folders: Folders) -> Callable[[str, int], Reference]:
     return make
 
 
+PIPELINES: list[tuple[int, tuple[str, ...], tuple[Maker, ...]]] = [
+    *((4, tuple(FAMILIES), makers) for makers in ((MLX, MLX, MLX), (TORCH,), (TORCH, MLX, TORCH), (MLX, TORCH))),
+    *((6, ("llama", "gpt_oss"), makers) for makers in ((MLX,), (TORCH, TORCH), (MLX, TORCH, MLX))),
+    *((8, ("gemma3", "qwen3_moe"), makers) for makers in ((MLX, MLX), (TORCH, TORCH, TORCH), (TORCH, MLX))),
+]
+CUTS: dict[int, tuple[int, ...]] = {1: (), 2: (3,), 3: (2, 4)}
+
+
 @pytest.mark.parametrize(
-    ("bits", "makers", "cuts"), [(4, (MLX, MLX, MLX), (2, 4)), (6, (MLX,), ()), (8, (MLX, MLX), (3,))]
+    ("family", "bits", "makers"),
+    [(family, bits, makers) for bits, families, makers in PIPELINES for family in families],
 )
-@pytest.mark.parametrize("family", FAMILIES)
 def test_packed_at_load_equals_the_whole_model_of_rounded_numbers(
     family: str,
     bits: int,
-    makers: tuple[Callable[[], Engine], ...],
-    cuts: tuple[int, ...],
+    makers: tuple[Maker, ...],
     folders: Folders,
     expected: Callable[[str, int], Reference],
 ) -> None:
     answer = expected(family, bits)
-    engines = load_pipeline(makers, stage_specs(folders(family, bits)[0], cuts, bits=bits))
+    engines = load_pipeline(makers, stage_specs(folders(family, bits)[0], CUTS[len(makers)], bits=bits))
     assert_equal(*greedy(engines, answer.prompt, len(answer.ids), chunks=(17,)), answer)
+
+
+def _misplaced_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each group is scaled as its neighbour is, in torch and in MLX."""
+    put, unpack = torch_packing._put, mlx_weights.unpack_rows
+    monkeypatch.setattr(torch_packing, "_put", lambda steps, bits, codes: put(steps.roll(1, dims=0), bits, codes))
+
+    def unpacked(weights: Mapping[str, mx.array], bits: int, dtype: mx.Dtype) -> dict[str, mx.array]:
+        arrays = unpack(weights, bits, dtype)
+        return {name: mx.roll(array, 1, 0) if name.endswith("scales") else array for name, array in arrays.items()}
+
+    monkeypatch.setattr(mlx_weights, "unpack_rows", unpacked)
+
+
+def _unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights stay as they are stored."""
+    monkeypatch.setattr(pipelines, "read_facts", lambda checkpoint, bits: read_facts(checkpoint))
+
+
+@pytest.mark.parametrize("mutate", [_misplaced_scales, _unpacked])
+@pytest.mark.parametrize("make", [TORCH, MLX])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_mutants_fail_the_check(
+    family: str,
+    make: Maker,
+    mutate: Callable[[pytest.MonkeyPatch], None],
+    folders: Folders,
+    expected: Callable[[str, int], Reference],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answer = expected(family, 4)
+    mutate(monkeypatch)
+    engines = load_pipeline([make], pipelines.stage_specs(folders(family, 4)[0], (), bits=4))
+    with pytest.raises(AssertionError):
+        assert_equal(*greedy(engines, answer.prompt, len(answer.ids)), answer)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_in_16_bits_torch_rounds_no_more_than_the_whole_model(family: str, tmp_path: Path) -> None:
+    """Packed or not, activations are rounded; codes, scales and biases give the same numbers in both."""
+    folder = make_checkpoint(family, tmp_path / "full", dtype="bfloat16")
+    prompts = [random_prompt(40, seed) for seed in range(6)]
+    exact = WholeModel(dequantised(folder, tmp_path / "rounded", 4))
+    engines = load_pipeline([TORCH, TORCH], stage_specs(folder, (3,), bits=4))
+    found = [
+        run_prefill(engines, prompt, (13,), seq=seq) - exact.logits(prompt)[-1] for seq, prompt in enumerate(prompts)
+    ]
+    plain = WholeModel(folder)
+    as_stored = [plain.logits(prompt)[-1] for prompt in prompts]
+    plain.in_float32()
+    rounding = [plain.logits(prompt)[-1] - logits for prompt, logits in zip(prompts, as_stored, strict=True)]
+    assert np.abs(found).mean() < 1.5 * np.abs(rounding).mean()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_in_16_bits_mlx_computes_what_mlx_lm_does(family: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(family, tmp_path, dtype="bfloat16", **FAMILIES[family])
+    verdict = verdict_of(folder, 4, (Backend.MLX,), Backend.MLX)
+    assert verdict.chain.error == 0
 
 
 def verdict_of(folder: Path, bits: int, backends: Sequence[Backend], reference: Backend) -> Verdict:
@@ -99,7 +176,7 @@ def verdict_of(folder: Path, bits: int, backends: Sequence[Backend], reference: 
 )
 def test_verify_compares_with_the_model_as_it_is_packed(family: str, reference: Backend, folders: Folders) -> None:
     folder, _ = folders(family, 4)
-    verdict = verdict_of(folder, 4, (Backend.MLX,), reference)
+    verdict = verdict_of(folder, 4, (Backend.MLX, Backend.TORCH), reference)
     assert verdict.within
     assert verdict.worst_layer.error < verdict.worst_layer.tolerance / 4
 
@@ -113,3 +190,14 @@ def test_a_reference_that_is_not_packed_finds_every_layer_wrong(family: str, fol
     parts = (Part(0, LayerRange(0, facts.layer_count), DEVICES[Backend.MLX]),)
     verdict = verify(Subject(folder, facts, parts), whole, create_engine, lambda what, done, total: None)
     assert not any(layer.within for layer in verdict.layers)
+
+
+@pytest.mark.parametrize("make", [TORCH, MLX])
+def test_a_stage_does_not_pack_what_is_packed_already(
+    make: Maker, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = quantised(checkpoint("llama"), tmp_path / "packed")
+    (as_stored,) = stage_specs(folder, ())
+    with pytest.raises(ModelError, match="the weights are packed already"):
+        load_pipeline([make], [replace(as_stored, bits=8)])
+    load_pipeline([make], [replace(as_stored, bits=4)])

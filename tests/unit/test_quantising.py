@@ -25,6 +25,8 @@ EXPERTS, _ = family_of({"model_type": "qwen3_moe"}, "")
     [
         ("model.embed_tokens.weight", (10, 64)),
         ("language_model.lm_head.weight", (10, 64)),
+        ("model.embed_tokens_per_layer.weight", (10, 64)),
+        ("model.per_layer_model_projection.weight", (10, 64)),
         ("model.layers.0.self_attn.q_proj.weight", (10, 128)),
         ("model.layers.0.linear_attn.in_proj_a.weight", (4, 64)),
         ("model.layers.0.mlp.experts.7.up_proj.weight", (10, 64)),
@@ -40,6 +42,7 @@ def test_matrices_of_linear_layers_ends_and_experts_are_packed(name: str, shape:
     ("name", "shape"),
     [
         ("model.norm.weight", (64,)),
+        ("model.per_layer_projection_norm.weight", (64,)),
         ("model.layers.0.input_layernorm.weight", (64,)),
         ("model.layers.0.self_attn.q_proj.bias", (64,)),
         ("model.layers.0.self_attn.q_proj.weight", (10, 96)),  # no group divides it

@@ -410,4 +410,4 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(
     monkeypatch.setattr("cluster.cli.verify.measure_memory", lambda device: memory)
     subject = Subject(Path("nowhere"), clusters.model([50] * LAYERS), stages(3))
     with pytest.raises(DoesNotFit, match=message):
-        check_memory(subject, CPU, tokens=16)
+        check_memory(subject, subject.facts.stored_bytes, CPU, tokens=16)

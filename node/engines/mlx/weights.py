@@ -23,7 +23,7 @@ from cluster.models.formats import Packing, read_quantization
 from cluster.models.integer_shapes import INTEGER_PACKINGS
 from cluster.models.layout import Layer, Part, canonical_name, owned_tensors, part_of, within_layer
 from cluster.models.matrices import read_matrices
-from cluster.models.quantising import GROUP
+from cluster.models.quantising import GROUP, bits_to_pack
 from cluster.types import DType
 from node.engine import AwaitTensors, LoadProgress, Progress, StageSpec
 from node.engines.mlx.arguments import Arguments
@@ -35,6 +35,7 @@ from node.engines.mlx.quantising import pack_rows, unpack_rows
 from node.engines.mlx.repack import Doubt
 from node.engines.mlx.slicing import SlicedModel, build_model
 from node.engines.mlx.tensors import MLX_DTYPES
+from node.heap import Heap
 
 _CODES = {DType.U32, DType.U8, DType.I32, DType.I64, DType.F8_E4M3}
 _READABLE = frozenset({DType.F32, DType.F16, DType.BF16, *_CODES})
@@ -63,6 +64,7 @@ def load_slice(
     model = build_model(arguments)
     where, dtype = str(checkpoint.folder), MLX_DTYPES[spec.boundary[0].dtype]
     stated = read_quantization(checkpoint.config, where)
+    bits = bits_to_pack(spec.bits, stated, where)
     integers = stated if stated is not None and stated.kind in INTEGER_PACKINGS else None
     lazy, doubts = _lazy_tensors(checkpoint.folder, owned), list[Doubt]()
     if integers is not None:
@@ -71,18 +73,18 @@ def load_slice(
     if stated is not None and eight_bits:
         lazy = unpack(lazy, read_matrices(owned, stated, where).values(), stated.block, dtype)
     lazy = _in_order_of_mlx(lazy, arguments.family)
-    if spec.bits is not None:
+    if bits is not None:
         family, _ = family_of(checkpoint.config, where)
-        lazy = pack_rows(lazy, family, spec.bits, dtype)
+        lazy = pack_rows(lazy, family, bits, dtype)
     weights = _sanitised(model, lazy, _witness(checkpoint, arguments.family, lazy))
     if integers is not None:
         weights = with_experts_stacked(weights, lazy)
     del lazy  # else every expert would outlive the stack that it was copied to
-    if spec.bits is not None:
-        weights = unpack_rows(weights, spec.bits, dtype)
+    if bits is not None:
+        weights = unpack_rows(weights, bits, dtype)
     sliced = SlicedModel(model, arguments, spec.layers, dtype)
     if not eight_bits:
-        _quantise(model, weights, checkpoint, spec.bits)
+        _quantise(model, weights, checkpoint, bits)
     if integers is not None:
         make_exact(model, weights, dtype)
         doubts += take_out_biases(weights, dict(tree_flatten(model.parameters())))
@@ -152,8 +154,6 @@ def _quantise(model: nn.Module, weights: Mapping[str, mx.array], checkpoint: Che
     for those that are packed only now."""
     stated = checkpoint.config.get("quantization") or checkpoint.config.get("quantization_config")
     if bits is not None:
-        if stated:
-            raise ModelError(f"{checkpoint.folder}: the weights are packed already; the plan packs them in {bits} bits")
         stated = {"group_size": GROUP, "bits": bits}
     if not stated:
         return
@@ -224,7 +224,7 @@ def _read(
     model: nn.Module, weights: dict[str, mx.array], total_bytes: int, progress: Progress, arriving: _Arriving
 ) -> None:
     """Read tensor by tensor: a stack of experts is there twice only while that one stack is made."""
-    done_bytes = 0
+    done_bytes, heap = 0, Heap()
     progress(LoadProgress(0, total_bytes))
     for name in sorted(weights, key=arriving.place):
         array = weights.pop(name)
@@ -234,5 +234,6 @@ def _read(
         except (RuntimeError, OSError) as error:
             raise ModelError(f"{name} cannot be read ({error}); download the model again") from error
         model.load_weights([(name, array)], strict=False)
-        done_bytes += int(array.nbytes)
+        heap.made(array.nbytes)
+        done_bytes += array.nbytes
         progress(LoadProgress(min(done_bytes, total_bytes), total_bytes))

@@ -55,8 +55,6 @@ class TorchEngine:
     @torch.inference_mode()
     def load(self, spec: StageSpec, progress: Progress) -> None:
         assert self._stage is None, "an engine is loaded once"
-        if spec.bits is not None:
-            raise ModelError("the torch engine does not pack weights when it loads them; leave --bits out, or use MLX")
         device = device_from(spec.device)
         if spec.threads is not None:
             torch.set_num_threads(spec.threads)

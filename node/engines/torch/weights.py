@@ -17,15 +17,19 @@ import torch
 
 from cluster.errors import ModelError
 from cluster.models.checkpoint import Checkpoint, StoredTensor
+from cluster.models.families import family_of
 from cluster.models.formats import Packing, read_quantization
 from cluster.models.matrices import read_matrices
+from cluster.models.quantising import bits_to_pack
 from cluster.quantities import MIB
 from node.engine import LoadProgress, Progress, StageSpec
 from node.engines.torch.integers import confirm_zero, take_out_biases
 from node.engines.torch.packing import Slot, stand_ins
 from node.engines.torch.places import Place, find_places
+from node.engines.torch.quantising import Packer
 from node.engines.torch.slicing import SlicedModel, stored_tensors
 from node.engines.torch.tensors import STORED_DTYPES, bytes_of
+from node.heap import Heap
 
 _READ_BYTES = 8 * MIB
 """One read, one progress report; also the size of the buffer on the way to another device or type."""
@@ -43,8 +47,14 @@ def load_weights(
     where = str(checkpoint.folder)
     quantization = read_quantization(checkpoint.config, where)
     matrices = read_matrices(tensors, quantization, where)
-    meta = dict(stored_tensors(sliced.model))
     used = [tensor for matrix in matrices.values() for tensor in matrix.used]
+    reader = _Reader(spec, device, progress, sum(tensor.size_bytes for tensor in used))
+    read, bits = reader.read, bits_to_pack(spec.bits, quantization, where)
+    if bits is not None:
+        family, _ = family_of(checkpoint.config, where)
+        packer = Packer(matrices, family, bits, spec.boundary[0].dtype, device, reader.read, reader.fill)
+        matrices, read = packer.packed, packer.read
+    meta = dict(stored_tensors(sliced.model))
     is_gptq = quantization is not None and quantization.kind is Packing.GPTQ
     strays = take_out_biases(matrices, sliced.local_name, meta) if is_gptq else []
     plain, packed = _apart(find_places(sliced, meta, matrices.values(), checkpoint))
@@ -52,11 +62,12 @@ def load_weights(
     _widen(sliced, plain)
     _materialise(sliced.model, device)
     parameters = dict(stored_tensors(sliced.model))
-    reader = _Reader(spec, device, progress, sum(tensor.size_bytes for tensor in used))
+    heap = Heap()
     jobs: list[Place | Slot] = [*plain, *slots]
     for place in sorted(jobs, key=_begins):  # as they arrive
         if isinstance(place, Slot):
-            place.fill(sliced, quantization, reader.read)
+            place.fill(sliced, quantization, read)
+            heap.made(sum(tensor.size_bytes for each in place.places for tensor in each.matrix.used))
             continue
         parameter = parameters[place.parameter]
         reader.fill(place.view(parameter), place.matrix.values)
