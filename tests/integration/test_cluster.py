@@ -28,7 +28,7 @@ LAYOUTS = {
 }
 """The order of stages is placement's; the names say which engines take part."""
 
-OTHERS = [("torch-mlx-torch", family) for family in FAMILIES if family != "qwen3"]
+OTHERS = [("torch-mlx-torch", family) for family in (*FAMILIES, "gemma4_small") if family != "qwen3"]
 
 
 def _needs(layout: str) -> tuple[str, ...]:
