@@ -20,9 +20,10 @@ from cluster.types import LayerRange
 from node.engine import Engine
 from node.engines.mlx.engine import MlxEngine
 from node.engines.torch.engine import TorchEngine
+from tests.checkpoints import make_checkpoint
 from tests.oracle.conftest import TOLERANCE
 from tests.oracle.pipelines import load_pipeline, row, run_prefill, stage_specs
-from tests.oracle.reference import Reference, random_prompt
+from tests.oracle.reference import Reference, WholeModel, random_prompt
 from tests.oracle.test_torch_load import copied
 
 Checkpoints = Callable[[str], Path]
@@ -113,3 +114,13 @@ def test_wide_heads_are_stated_in_either_spelling(
     stated = {"per_layer_config": ..., "global_head_dim": 32, "num_global_key_value_heads": 1}
     engines = load_pipeline([make] * 2, stage_specs(copied(checkpoint("gemma4"), tmp_path, **stated), (3,)))
     np.testing.assert_allclose(run_prefill(engines, expected.prompt), expected.logits[0], rtol=0, atol=TOLERANCE)
+
+
+@ENGINES
+def test_layers_are_counted_with_two_digits(make: Callable[[], Engine], tmp_path: Path) -> None:
+    """transformers then writes `02` for layer 2 where it states heads by layer."""
+    folder = make_checkpoint("gemma4", tmp_path, layers=12)
+    assert '"02": {' in (folder / "config.json").read_text()
+    engines = load_pipeline([make] * 2, stage_specs(folder, (5,)))
+    expected = WholeModel(folder).logits(PROMPT)[-1]
+    np.testing.assert_allclose(run_prefill(engines, PROMPT), expected, rtol=0, atol=TOLERANCE)

@@ -51,7 +51,8 @@ def read_wide_heads(
 
 def _of_layers(stated: object, wide: Sequence[int], where: str) -> Mapping[str, object]:
     """What is stated for each of the layers `wide`, which has to be the same, and nothing for any other."""
-    if isinstance(stated, dict) and set(stated) == {str(layer) for layer in wide}:
+    # transformers writes as many digits for each layer as the last one has.
+    if isinstance(stated, dict) and sorted(str(layer).lstrip("0") or "0" for layer in stated) == sorted(map(str, wide)):
         found = list(stated.values())
         known = isinstance(found[0], dict) and not found[0].keys() - {"head_dim", "num_key_value_heads"}
         if known and all(layer == found[0] for layer in found):
