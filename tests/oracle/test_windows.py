@@ -35,6 +35,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "gemma3": {},
     "gpt_oss": {},
     "olmo3": {},
+    "llama4": {},
     "mistral": {"sliding_window": WINDOW},  # in every layer
     "phi3": {"sliding_window": WINDOW},
 }

@@ -216,13 +216,12 @@ def _mask(start: int, count: int, oldest: int, end: int, window: int | None, dev
 
 
 def _refuse_other_window(batch: Batch, layer: int, window: int | None) -> None:
-    """What the layer looks back to is what is kept of it."""
-    for span in batch.spans:
-        if span.cache.window(layer) != window:
-            raise ModelError(
-                f"layer {layer} of the stage looks back {window} positions; config.json says "
-                f"{span.cache.window(layer)} (None: all)"
-            )
+    """What the layer looks back to is what is kept of it; of every sequence alike."""
+    kept = batch.spans[0].cache.window(layer)
+    if kept != window:
+        raise ModelError(
+            f"layer {layer} of the stage looks back {window} positions; config.json says {kept} (None: all)"
+        )
 
 
 def refuse_unknown(module: torch.nn.Module, mask: object, dropout: float, others: dict[str, object]) -> None:

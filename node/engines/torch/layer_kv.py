@@ -17,12 +17,14 @@ from cluster.rewinding import window_tokens_kept, window_tokens_max
 class LayerKv:
     """Positions [first, first + capacity), as far as they have been written."""
 
-    __slots__ = ("_first", "_keys", "_tokens_max", "_values", "window")
+    __slots__ = ("_capacity", "_first", "_keys", "_tokens_max", "_values", "allocated_bytes", "window")
 
     def __init__(self, window: int | None, context_tokens: int) -> None:
         self.window = window
         self._tokens_max = context_tokens if window is None else min(context_tokens, window_tokens_max(window))
+        self.allocated_bytes = 0  # asked for after every step, so it is known beforehand
         self._first = 0
+        self._capacity = 0
         self._keys: torch.Tensor | None = None
         self._values: torch.Tensor | None = None
 
@@ -32,7 +34,7 @@ class LayerKv:
         if self._keys is None or self._values is None:
             self._keys, self._values = keys[:, :0], values[:, :0]
         end = start + keys.shape[1]
-        if end - self._first > self._keys.shape[1]:
+        if end - self._first > self._capacity:
             self._move(start, end)
         here = slice(start - self._first, end - self._first)
         self._keys[:, here] = keys
@@ -41,7 +43,7 @@ class LayerKv:
 
     def settle(self, length: int) -> None:
         """The step has succeeded: give back what only a long one needed."""
-        if self._keys is not None and self._keys.shape[1] > self._tokens_max:
+        if self._capacity > self._tokens_max:
             self._move(length, length)
 
     def copy(self, length: int) -> LayerKv:
@@ -53,11 +55,6 @@ class LayerKv:
             twin.write(self._first, self._keys[:, :count], self._values[:, :count])
         return twin
 
-    @property
-    def allocated_bytes(self) -> int:
-        tensors = [tensor for tensor in (self._keys, self._values) if tensor is not None]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
     def _move(self, length: int, end: int) -> None:
         """To tensors with room up to `end`, with what is still needed of the first `length` positions."""
         assert self._keys is not None and self._values is not None
@@ -68,8 +65,9 @@ class LayerKv:
         # An eighth also of short sequences: they may be many, and plans leave no more room for growing than that.
         capacity = max(needed, min(needed + needed // 8, self._tokens_max))
         old = slice(first - self._first, length - self._first)
-        self._keys, self._values = (_moved(tensor, old, capacity) for tensor in (self._keys, self._values))
-        self._first = first
+        self._keys, self._values = _moved(self._keys, old, capacity), _moved(self._values, old, capacity)
+        self._first, self._capacity = first, capacity
+        self.allocated_bytes = self._keys.nbytes + self._values.nbytes
 
 
 def _moved(tensor: torch.Tensor, old: slice, capacity: int) -> torch.Tensor:
