@@ -74,7 +74,7 @@ def download(
     try:
         with explained(repository, branch):
             commit, files = list_files(repository, branch, gguf)
-    except _Unreachable:
+    except Unreachable:
         if cached is None:
             raise
         _log.warning("%s cannot be reached; using %s as of commit %s", constants.ENDPOINT, repository, cached[1][:12])
@@ -266,7 +266,7 @@ def side_by_side(
         over.set()
 
 
-class _Unreachable(ModelError):
+class Unreachable(ModelError):
     """The hub does not answer; a cached copy may do."""
 
 
@@ -290,9 +290,9 @@ def explained(repository: str, revision: str) -> Iterator[None]:
         status = error.response.status_code
         if status in (401, 403):
             raise ModelError(f"{hub} refuses {repository} (HTTP status {status}): {login}") from error
-        raise _Unreachable(f"{hub} failed on {repository} (HTTP status {status}); try again later") from error
+        raise Unreachable(f"{hub} failed on {repository} (HTTP status {status}); try again later") from error
     except (TransportError, LocalEntryNotFoundError) as error:
-        raise _Unreachable(f"cannot reach {hub} to download {repository}: {error}. Check the network") from error
+        raise Unreachable(f"cannot reach {hub} to download {repository}: {error}. Check the network") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             advice = "is full: free some space, or set HF_HOME to a folder on a larger disk"

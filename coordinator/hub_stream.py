@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _CHUNK_BYTES = 1 * MIB
 _FRUITLESS_TRIES_MAX = 5
 _RETRY_DELAY_MAX_S = 8.0
+_ASKED_DELAY_MAX_S = 300.0  # the hub counts requests over five minutes; whoever asks for more is not believed
 _LOCK_INTERVAL_S = 0.5
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 
@@ -112,7 +113,7 @@ class BlobStream:
     def _stream(self, part: BinaryIO) -> None:
         fruitless = 0
         while self._position < self._file.size_bytes:
-            before = self._position
+            before, asked_delay_s = self._position, 0.0
             try:
                 self._stream_once(part)
                 trouble = "it ended early"
@@ -120,6 +121,7 @@ class BlobStream:
                 if error.response.status_code not in _TRANSIENT:
                     raise
                 trouble = f"HTTP status {error.response.status_code}"
+                asked_delay_s = _retry_after_s(error.response.headers.get("Retry-After", ""))
             except TransportError as error:
                 trouble = str(error) or type(error).__name__
             if self._position < self._file.size_bytes:
@@ -129,7 +131,7 @@ class BlobStream:
                         f"downloading {self._file.name} failed {fruitless} times: {trouble}. What arrived is kept: "
                         "check the network and start again"
                     )
-                self._wait(min(0.25 * 2**fruitless, _RETRY_DELAY_MAX_S))
+                self._wait(max(min(0.25 * 2**fruitless, _RETRY_DELAY_MAX_S), asked_delay_s))
 
     def _stream_once(self, part: BinaryIO) -> None:
         headers = build_hf_headers() | {"Accept-Encoding": "identity", "Range": f"bytes={self._position}-"}
@@ -172,6 +174,11 @@ class BlobStream:
     def _check_cancelled(self) -> None:
         if self._cancelled.is_set():
             raise ModelError(f"the download of {self._file.name} was broken off; it goes on there the next time")
+
+
+def _retry_after_s(header: str) -> float:
+    """How long the hub asks to be left alone; 0 where it says nothing, or names a date."""
+    return min(float(header), _ASKED_DELAY_MAX_S) if header.isdecimal() else 0.0
 
 
 def part_path(blobs: Path, file: HubFile) -> Path:

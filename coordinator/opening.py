@@ -102,7 +102,12 @@ def _peek(wanted: WantedModel, conversions: Path) -> ModelFacts | None:
         return None
     if find_model(wanted.text, conversions=conversions, revision=wanted.revision) is not None:
         return None
-    return read_facts(peek_model(wanted.text, revision=wanted.revision), wanted.bits)
+    from coordinator.hub_download import Unreachable
+
+    try:
+        return read_facts(peek_model(wanted.text, revision=wanted.revision), wanted.bits)
+    except Unreachable:
+        return None  # the download is more patient, and says what is wrong
 
 
 def check_ask(ask: Ask, name: str, facts: ModelFacts) -> None:

@@ -46,6 +46,9 @@ class Hub:
     sent_bytes: dict[str, int] = field(default_factory=dict)
     stall_after_bytes: int | None = None  # of one large file's answer: then nothing until the client gives up
     cut_after_bytes: int | None = None  # of one large file's answer: then the connection closes, once
+    busy_answers: int = 0  # so many requests for large files are answered 429, to be repeated after a second
+    refused_at_s: dict[str, float] = field(default_factory=dict)
+    impatient: int = 0  # requests that came again sooner
     tokens_seen: bool = False  # by the host that has the large files
     damage: bool = False  # large files arrive with one other byte
 
@@ -102,6 +105,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._resolve(match["repo"], match["revision"], match["file"])
         elif path.startswith("/large/"):
             self.hub.tokens_seen |= "Authorization" in self.headers
+            now = time.monotonic()
+            self.hub.impatient += now - self.hub.refused_at_s.get(path, 0.0) < 0.95
+            if self.hub.busy_answers > 0:
+                self.hub.busy_answers -= 1
+                self.hub.refused_at_s[path] = now
+                self._send(429, {"Retry-After": "1"})
+                return
             repository, _, file = path.removeprefix("/large/").rpartition("/")
             self._send_file(self.hub.repositories[repository].folder / file, first)
         else:

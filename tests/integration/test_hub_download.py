@@ -184,6 +184,14 @@ def test_a_connection_that_breaks_is_taken_up_again(site: _Site) -> None:
         assert site.hub.sent_bytes[path.name] == path.stat().st_size
 
 
+def test_a_hub_that_is_busy_is_left_alone_for_as_long_as_it_asks(site: _Site) -> None:
+    site.hub.busy_answers = 4
+    folder = Path(site.resolve()["folder"])
+    assert (site.hub.busy_answers, site.hub.impatient) == (0, 0)
+    for path in folder.glob("*.safetensors"):
+        assert path.read_bytes() == (site.model / path.name).read_bytes()
+
+
 @pytest.mark.parametrize("cut", [None, 512 * 1024], ids=["in one piece", "in two"])
 def test_a_downloaded_model_is_not_read_again_to_be_hashed(
     site: _Site, cut: int | None, monkeypatch: pytest.MonkeyPatch

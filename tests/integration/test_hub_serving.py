@@ -100,6 +100,13 @@ def test_what_cannot_be_served_is_refused_before_it_is_downloaded(hub: Hub, tmp_
     assert hub.sent_bytes["model.safetensors"] < 1024 * 1024, "no more than its header"
 
 
+def test_a_hub_that_is_busy_for_a_moment_ends_nothing(hub: Hub, tmp_path: Path) -> None:
+    hub.busy_answers = 2
+    with _serving(hub, tmp_path) as coordinator:
+        coordinator.process.wait_for("waiting", START_S)
+    assert hub.busy_answers == 0
+
+
 @pytest.mark.root
 def test_a_node_with_an_empty_disk_answers_and_the_hub_is_read_once(hub: Hub, tmp_path: Path) -> None:
     """The node sees neither the hub nor the coordinator's cache; the token stays with the coordinator."""
