@@ -117,7 +117,7 @@ def test_a_run_lies_with_each_source_wholly_or_not_at_all() -> None:
 
 
 def test_runs_are_shorter_when_several_sources_share_them() -> None:
-    assert len(split(_TENSORS, {}, [_supplier()])) == 1
+    assert len(split(_TENSORS, {}, [_supplier()])) == 4
     assert len(split(_TENSORS, {}, [_supplier(), _supplier("abcdefgh")])) == 8
 
 
