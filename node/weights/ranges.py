@@ -9,8 +9,9 @@ from cluster.models.manifest import TensorRecord
 from cluster.quantities import MIB
 
 RUN_BYTES_MAX = 16 * MIB
-"""Long enough that asking costs little (a tenth of a second at 1 Gbit/s), short enough that a kill loses little that was
-not yet synced to disk, and that an engine gets its first tensors soon: runs under way at once also end at once."""
+"""Long enough that asking costs little (it takes a tenth of a second at 1 Gbit/s), short enough that a kill loses
+little that was not yet synced to disk, and that an engine gets its first tensors soon: runs begun together end
+together."""
 
 
 @dataclass(frozen=True, slots=True)
