@@ -19,6 +19,7 @@ from cluster.models.layout import canonical_name
 from cluster.types import Backend, DType
 
 _WORD_BITS = 32
+_FLOATING = frozenset({DType.F32, DType.F16, DType.BF16})
 
 
 class Role(enum.StrEnum):
@@ -186,6 +187,10 @@ def _matrix(
         raise ModelError(f"{where}: expected codes of a matrix as {values.name!r}, found shape {list(values.shape)}")
     *rows, columns = values.shape
     scales = found[Role.SCALES]
+    if 0 in scales.shape or (scales.dtype is not DType.U8 and scales.dtype not in _FLOATING):
+        raise ModelError(
+            f"{where}: expected numbers that scale {values.name!r}, found {scales.dtype} of shape {list(scales.shape)}"
+        )
     if naming is _MLX:
         packing, width = _of_mlx(name, found, stated, where)
         shape = (*rows, columns * _WORD_BITS // width.bits)
@@ -211,7 +216,7 @@ def _matrix(
 def _of_mlx(name: str, found: Mapping[Role, StoredTensor], stated: Quantization, where: str) -> tuple[Packing, Width]:
     """Bits times columns of a group follow from the shapes; what is stated says which is which."""
     values, scales = found[Role.VALUES], found[Role.SCALES]
-    words, groups = values.shape[-1], max(1, scales.shape[-1] if scales.shape else 1)
+    words, groups = values.shape[-1], scales.shape[-1] if scales.shape else 1
     if scales.shape[:-1] != values.shape[:-1] or words * _WORD_BITS % groups:
         raise ModelError(
             f"{where}: the codes of {name!r} have shape {list(values.shape)}, its scales {list(scales.shape)}, "
@@ -223,6 +228,8 @@ def _of_mlx(name: str, found: Mapping[Role, StoredTensor], stated: Quantization,
             if scales.dtype is DType.U8 and width.bits * width.group == group_bits:
                 return packing, width
         raise ModelError(f"{where}: {name!r} is packed in a way that Potluck does not know; use another version")
+    if found[Role.BIASES].shape != scales.shape or {found[Role.BIASES].dtype, scales.dtype} - _FLOATING:
+        raise ModelError(f"{where}: the scales and the biases of {name!r} are not alike; download the model again")
     width = stated.overrides.get(canonical_name(name), stated.width)
     # The defaults need not hold for a matrix that is not named; recipes vary the bits sooner than the groups.
     candidates = (

@@ -20,8 +20,8 @@ _GROUPS = frozenset({32, 64, 128, 256})
 _ROWS = 16
 """The kernel's own conditions: columns of a group, and what the number of rows is a multiple of."""
 
-_CHUNK_ELEMENTS = 1 << 20
-"""Unpacked at a time while codes are put in order: 4 MiB of int32."""
+_CHUNK_ELEMENTS = 1 << 16
+"""Unpacked at a time while codes are put in order, 256 KiB of int32, so that a load leaves no holes in memory."""
 
 _PROBED_ROWS = 64
 """Rows in which the order of codes repeats, or a multiple of them, on every kind of processor."""
@@ -107,15 +107,21 @@ def _scaling(matrix: Affine) -> torch.Tensor | None:
     often as the group is wide. Rounding a weight to bfloat16 costs up to 1/512 of it, and weights are about as large
     as their zero and four times the scale.
     """
-    scales, biases = matrix.scales.float(), matrix.biases.float()
-    zeros = biases + 8 * scales
-    scaling = torch.stack((scales, zeros), dim=-1).to(torch.bfloat16)
-    lost_scales, lost_zeros = (torch.stack((scales, zeros), dim=-1) - scaling.float()).square().sum((0, 1)).tolist()
-    group = matrix.columns // matrix.scales.shape[1]
-    weights = float((zeros.square() + (4 * scales).square()).sum())
-    if 16 * lost_scales + group * lost_zeros > weights / 512**2:
-        return None
-    return scaling.transpose(0, 1).contiguous()
+    groups = matrix.scales.shape[1]
+    group = matrix.columns // groups
+    scaling = torch.empty((groups, matrix.rows, 2), dtype=torch.bfloat16)
+    lost = weights = 0.0
+    step = max(1, _CHUNK_ELEMENTS // (8 * groups))
+    for first in range(0, matrix.rows, step):
+        rows = slice(first, first + step)
+        scales, biases = matrix.scales[rows].float(), matrix.biases[rows].float()
+        zeros = biases.add_(scales, alpha=8)
+        part = scaling[:, rows]
+        part[..., 0], part[..., 1] = scales.T, zeros.T
+        lost += 16 * float((scales - part[..., 0].T).square().sum())
+        lost += group * float((zeros - part[..., 1].T).square().sum())
+        weights += float(zeros.square().sum() + 16 * scales.square().sum())
+    return scaling if lost <= weights / 512**2 else None
 
 
 @dataclass(frozen=True, slots=True)

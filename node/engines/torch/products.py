@@ -50,6 +50,11 @@ class _InPlaceOfATensor:
             "use the unquantised model"
         )
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise ModelError(f"the torch engine knows no {name} of packed weights; use the unquantised model")
+
 
 class Whole(_InPlaceOfATensor):
     """One packed matrix [outputs, inputs] whose products and rows are of `dtype`."""
