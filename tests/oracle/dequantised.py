@@ -14,10 +14,11 @@ from typing import Any
 import mlx.core as mx
 
 _PACKED = re.compile(
-    r"model\.embed_tokens\.weight|lm_head\.weight"
+    r"model\.(embed_tokens|embed_tokens_per_layer|per_layer_model_projection)\.weight|lm_head\.weight"
     r"|.+\.self_attn\.(q|k|v|o|out|q_a|q_b|kv_a|kv_a_with_mqa|qkv)_proj(_with_mqa)?\.weight"
     r"|.+\.(mlp|feed_forward)\.(shared_experts?\.|experts\.\d+\.)?(gate|up|down|gate_up|w1|w2|w3)(_proj)?\.weight"
     r"|.+\.experts\.(gate_up|down)_proj"
+    r"|.+\.layers\.\d+\.per_layer_(input_gate|projection)\.weight"
     r"|.+\.(linear_attn|conv)\.(in|out)_proj(_\w+)?\.weight"
 )
 _ROUTER = re.compile(r".+\.mlp\.gate\.weight")
@@ -31,7 +32,7 @@ def dequantised(folder: Path, target: Path, bits: int) -> Path:
     (target / "config.json").write_text(json.dumps(stated | {"dtype": "float32"}))
     tensors: Any = mx.load(str(folder / "model.safetensors"))
     for name, array in tensors.items():
-        turned = stated["model_type"] == "gpt_oss" and ".experts." in name and array.ndim == 3
+        turned = stated["model_type"] in ("gpt_oss", "llama4_text") and ".experts." in name and array.ndim == 3
         matrix = array.swapaxes(1, 2) if turned else array
         if _PACKED.fullmatch(name) and not _ROUTER.fullmatch(name) and matrix.shape[-1] % 64 == 0:
             matrix = _rounded(matrix, bits)

@@ -54,6 +54,14 @@ FAMILIES: dict[str, dict[str, object]] = {
 }
 """With sizes that groups of 64 divide, so that all that is packed elsewhere is packed here."""
 
+MORE: dict[str, dict[str, object]] = {
+    "gemma4": {"moe_intermediate_size": 64},
+    "gemma4_small": {"hidden_size_per_layer_input": 64},
+    "qwen3_5_moe": {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
+    "llama4": {"intermediate_size": 64, "intermediate_size_mlp": 128},
+}
+"""Each has matrices that the others have not."""
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
@@ -62,7 +70,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     @cache
     def make(family: str, bits: int) -> tuple[Path, Path]:
         root = tmp_path_factory.mktemp(f"{family}_{bits}")
-        folder = make_checkpoint(family, root / "full", **FAMILIES[family])
+        folder = make_checkpoint(family, root / "full", **(FAMILIES | MORE)[family])
         return folder, dequantised(folder, root / "rounded", bits)
 
     return make
@@ -80,6 +88,7 @@ def expected(folders: Folders) -> Callable[[str, int], Reference]:
 
 PIPELINES: list[tuple[int, tuple[str, ...], tuple[Maker, ...]]] = [
     *((4, tuple(FAMILIES), makers) for makers in ((MLX, MLX, MLX), (TORCH,), (TORCH, MLX, TORCH), (MLX, TORCH))),
+    (4, tuple(MORE), (TORCH, MLX, TORCH)),
     *((6, ("llama", "gpt_oss"), makers) for makers in ((MLX,), (TORCH, TORCH), (MLX, TORCH, MLX))),
     *((8, ("gemma3", "qwen3_moe"), makers) for makers in ((MLX, MLX), (TORCH, TORCH, TORCH), (TORCH, MLX))),
 ]
