@@ -49,6 +49,8 @@ def longrope(files: GgufFiles, prefix: str) -> tuple[dict[str, object] | None, i
     if short is None or long is None:
         facts.raw(f"{key}.original_context_length")
         return None, None
+    if not all(0 < factor < math.inf for factor in (*short, *long)):
+        raise ModelError(f"{facts.where}: expected factors of the rotation above 0; download the file again")
     original, longest = facts.integer(f"{key}.original_context_length"), facts.integer(f"{prefix}.context_length")
     # transformers computes this from the two contexts, so it may only be repeated here.
     length = math.sqrt(1 + math.log(longest / original) / math.log(original)) if longest > original > 1 else 1.0
@@ -67,7 +69,7 @@ def _llama3(files: GgufFiles, prefix: str, stretch: Sequence[float], head_dim: i
     each possible context gives; other settings of this rotation have not been published."""
     facts, factor = files.facts, max(stretch)
     theta = facts.number(f"{prefix}.rope.freq_base", 10_000.0)
-    if len(stretch) == head_dim // 2:
+    if len(stretch) == head_dim // 2 and all(1 <= one < math.inf for one in stretch) and theta > 1:
         stated = facts.integer(f"{prefix}.rope.scaling.original_context_length", 0)
         for original in (stated,) if stated else _CONTEXTS:
             expected = _llama3_factors(theta, head_dim, factor, original)

@@ -109,6 +109,15 @@ def test_factors_of_no_known_rotation_are_refused(tmp_path: Path) -> None:
     assert "no Llama 3 rotation" in refusal(tmp_path, rope_freqs__weight=vector(1.0, 8.0))
 
 
+@pytest.mark.parametrize("odd", [0.0, -1.0, float("inf"), float("nan")])
+def test_impossible_factors_are_refused(odd: float, tmp_path: Path) -> None:
+    assert "no Llama 3 rotation" in refusal(tmp_path, rope_freqs__weight=vector(1.0, 1.0, 1.0, odd))
+    renamed = {key: None for key in METADATA if key.startswith("llama.")}
+    settings = {key.replace("llama.", "phi3."): METADATA[key] for key in renamed} | {"general.architecture": "phi3"}
+    factors = {f"rope_factors_{kind}__weight": vector(1.0, 1.0, 1.0, odd) for kind in ("short", "long")}
+    assert "factors of the rotation above 0" in refusal(tmp_path, {**renamed, **settings}, **factors)
+
+
 @pytest.mark.parametrize("kind", ["linear", "yarn"])
 def test_stretched_rotations_are_kept(kind: str, tmp_path: Path) -> None:
     there = "llama.rope.scaling"
