@@ -181,7 +181,7 @@ def _position_off_by_one(monkeypatch: pytest.MonkeyPatch, engines: list[Engine])
 def _lost_window(monkeypatch: pytest.MonkeyPatch, engines: list[Engine]) -> None:
     mask = Positions._mask
     monkeypatch.setattr(Positions, "oldest", lambda self, window: 0)
-    monkeypatch.setattr(Positions, "_mask", lambda self, window: mask(self, None))
+    monkeypatch.setattr(Positions, "_mask", lambda self, window, in_chunks: mask(self, None, in_chunks))
 
 
 def _swapped_layers(monkeypatch: pytest.MonkeyPatch, engines: list[Engine]) -> None:
@@ -222,8 +222,8 @@ def test_mutants_fail_the_check(
 def _mask_of_the_longest_row(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = Positions._mask
 
-    def same(self: Positions, window: int | None) -> mx.array:
-        return mask(Positions([max(self.starts)] * len(self.starts), self.tokens, self.capacity), window)
+    def same(self: Positions, window: int | None, in_chunks: bool) -> mx.array:
+        return mask(Positions([max(self.starts)] * len(self.starts), self.tokens, self.capacity), window, in_chunks)
 
     monkeypatch.setattr(Positions, "_mask", same)
 

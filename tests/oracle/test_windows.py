@@ -117,8 +117,8 @@ def _looks_back_one_less(patch: pytest.MonkeyPatch) -> None:
         window = args[4].window
         return attend(*args[:4], replace(args[4], window=window and window - 1))
 
-    def narrow_mask(self: Positions, window: int | None) -> object:
-        seen = mask(self, window)
+    def narrow_mask(self: Positions, window: int | None, in_chunks: bool) -> object:
+        seen = mask(self, window, in_chunks)
         return seen if window is None else seen & (self._keys(window)[:, :, None] > self._new()[..., None] - window + 1)
 
     patch.setattr(attention, "_attend_sequence", narrow_attend)
