@@ -29,6 +29,7 @@ from coordinator.gguf.tokenizer import special_ids
 SHARD_BYTES: Final = 2 * GIB
 """About how large a file becomes: whole ones survive a kill, and several are hashed at once."""
 
+_EMBEDDING = "token_embd.weight"
 _NAME = re.compile(r"(?:(?P<end>\w+)|blk\.(?P<layer>0|[1-9]\d{0,3})\.(?P<inner>\w+))\.(?P<kind>weight|bias)", re.ASCII)
 
 
@@ -99,7 +100,7 @@ def lay_out(files: GgufFiles, *, dtype: DType | None = None, shard_bytes: int = 
     files.facts.refuse_unread(f"{architecture.name}.")
     chosen = dtype or _dtype(files, architecture)
     config |= special_ids(files.facts)
-    config |= {"torch_dtype": _TORCH_NAMES[chosen], "vocab_size": _rows(files, "token_embd.weight")}
+    config |= {"torch_dtype": _TORCH_NAMES[chosen], "vocab_size": _vocabulary_size(files)}
     steps = [_step(path, tensor, architecture, files, chosen) for path, tensor in _in_order(files)]
     config |= _quantization(steps)
     return Layout(files, architecture, config, chosen, tuple(_shards(steps, shard_bytes)))
@@ -118,10 +119,15 @@ def _dtype(files: GgufFiles, architecture: Architecture) -> DType:
     return architecture.dtype
 
 
-def _rows(files: GgufFiles, name: str) -> int:
-    if name not in files.tensors:
-        raise ModelError(f"{files.facts.where}: expected the tensor {name}, found none; download the model again")
-    return files.tensors[name][1].shape[0]
+def _vocabulary_size(files: GgufFiles) -> int:
+    """Rows of the embedding. Some have more than there are tokens, which nothing ever asks for."""
+    where, tokens = files.facts.where, len(files.facts.texts("tokenizer.ggml.tokens"))
+    if _EMBEDDING not in files.tensors:
+        raise ModelError(f"{where}: expected the tensor {_EMBEDDING}, found none; download the model again")
+    rows = files.tensors[_EMBEDDING][1].shape[0]
+    if tokens > rows:
+        raise ModelError(f"{where}: has {tokens} tokens, but an embedding of {rows}; download the model again")
+    return rows
 
 
 def _in_order(files: GgufFiles) -> list[tuple[Path, GgufTensor]]:

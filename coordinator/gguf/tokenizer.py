@@ -26,6 +26,15 @@ _ENDS = frozenset(
 )
 """Control tokens that end an answer wherever they exist; a file names only one or two of a model's."""
 
+_SAMPLING = {
+    "temperature": "general.sampling.temp",
+    "top_p": "general.sampling.top_p",
+    "min_p": "general.sampling.min_p",
+    "repetition_penalty": "general.sampling.penalty_repeat",
+}
+
+_TOP_K = "general.sampling.top_k"
+
 _STRIPPING = "phi3"
 """Phi-3's own tokens swallow white space behind them. GGUF has no word for it, so it goes by architecture."""
 
@@ -94,8 +103,14 @@ def tokenizer_files(facts: Metadata) -> Mapping[str, bytes]:
     return {
         "tokenizer.json": str(backend.to_str()).encode(),
         "tokenizer_config.json": json.dumps(settings, ensure_ascii=False, indent=1).encode(),
-        "generation_config.json": json.dumps({"eos_token_id": list(special.ends)}).encode(),
+        "generation_config.json": json.dumps({"eos_token_id": list(special.ends)} | _recommended(facts)).encode(),
     }
+
+
+def _recommended(facts: Metadata) -> dict[str, object]:
+    """How the model's authors sample, in the words of transformers."""
+    found: dict[str, object] = {name: facts.number(key) for name, key in _SAMPLING.items() if key in facts}
+    return found | ({"top_k": facts.integer(_TOP_K)} if _TOP_K in facts else {})
 
 
 def special_ids(facts: Metadata) -> dict[str, object]:

@@ -143,6 +143,11 @@ def test_stretched_rotations_are_kept(kind: str, tmp_path: Path) -> None:
         ({"llama.context_length": "512"}, "a whole number"),
         ({"llama.rope.freq_base": float("nan")}, "expected llama.rope.freq_base to be a number"),
         ({"split.count": 3}, "is one of 3 files"),
+        (
+            {f"tokenizer.ggml.{name}": None for name in ("scores", "token_type")}
+            | {"tokenizer.ggml.tokens": [f"t{i}" for i in range(17)]},
+            "has 17 tokens, but an embedding of 16",
+        ),
     ],
 )
 def test_metadata_that_is_not_understood_is_refused(changed: dict[str, object], said: str, tmp_path: Path) -> None:

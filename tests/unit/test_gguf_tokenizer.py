@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from cluster.errors import ModelError
 from coordinator.gguf.source import Metadata
 from coordinator.gguf.tokenizer import special_ids, tokenizer_files
-from coordinator.text.model import TextModel, load_text_model
+from coordinator.text.model import SamplingDefaults, TextModel, load_text_model
 
 TEXTS = (
     "The kettle's on; they'll bring 1234567 buns, WON'T they?",
@@ -161,6 +161,14 @@ def test_template_and_end_tokens_come_along(tmp_path: Path) -> None:
     assert model.template.render([{"role": "user", "content": "hi"}]) == "<|begin|>hi<|end|>"
     assert model.eos_ids == {2, 3}
     assert special_ids(Metadata(values, "x.gguf")) == {"bos_token_id": 0, "eos_token_id": [2, 3], "pad_token_id": None}
+
+
+def test_recommended_sampling_comes_along(tmp_path: Path) -> None:
+    values = metadata_of(original(None), "gpt-2")
+    stated = {"temp": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.05, "penalty_repeat": 1.1}
+    found = loaded(values | {f"general.sampling.{name}": value for name, value in stated.items()}, tmp_path)
+    assert found.defaults == SamplingDefaults(0.6, 20, 0.95, 0.05, 1.1)
+    assert loaded(values, tmp_path).defaults == SamplingDefaults()
 
 
 def test_known_end_tokens_count_though_the_file_names_another(tmp_path: Path) -> None:
