@@ -45,6 +45,7 @@ class CheckedStages:
             if failure is None:
                 stage.update({row.seq: row.end for row in step.rows})
                 assert sum(stage.values()) <= self._room.kv_tokens, "more is cached than was promised"
+                assert len(stage) <= self._room.sequences, "more sequences are cached than were promised"
         honoured = tuple(Honoured(seq, length) for seq, length in kept.items())
         if failure is not None:
             return replace(failure, honoured=honoured)
@@ -78,7 +79,7 @@ def test_every_sequence_ends_once_and_nothing_is_left(seeds: range) -> None:
 
 def simulate(seed: int) -> None:
     rng = random.Random(seed)
-    room = Room(stages=rng.randint(1, 4), kv_tokens=rng.randint(60, 200), context_tokens=60)
+    room = Room(rng.randint(1, 4), kv_tokens=rng.randint(60, 200), context_tokens=60, sequences=rng.choice([1, 3, 256]))
     scheduler = Scheduler(room, budget_tokens=rng.randint(1, 24))
     stages = CheckedStages(rng, room)
     asks = deque(
