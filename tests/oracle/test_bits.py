@@ -55,9 +55,12 @@ FAMILIES: dict[str, dict[str, object]] = {
 """With sizes that groups of 64 divide, so that all that is packed elsewhere is packed here."""
 
 MORE: dict[str, dict[str, object]] = {
+    "phi3": {},
     "gemma4": {"moe_intermediate_size": 64},
     "gemma4_small": {"hidden_size_per_layer_input": 64},
+    "qwen3_next": {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "linear_value_head_dim": 16},
     "qwen3_5_moe": {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
+    "lfm2": {},
     "llama4": {"intermediate_size": 64, "intermediate_size_mlp": 128},
 }
 """Each has matrices that the others have not."""
