@@ -16,7 +16,6 @@ import mlx.core as mx
 _PACKED = re.compile(
     r"model\.(embed_tokens|embed_tokens_per_layer|per_layer_model_projection)\.weight|lm_head\.weight"
     r"|.+\.self_attn\.(q|k|v|o|out|q_a|q_b|kv_a|kv_a_with_mqa|qkv)_proj(_with_mqa)?\.weight"
-    r"|.+\.(embed_tokens_per_layer|per_layer_model_projection|per_layer_input_gate|per_layer_projection)\.weight"
     r"|.+\.(mlp|feed_forward)\.(shared_experts?\.|experts\.\d+\.)?(gate|up|down|gate_up|w1|w2|w3)(_proj)?\.weight"
     r"|.+\.experts\.(gate_up|down)_proj"
     r"|.+\.layers\.\d+\.per_layer_(input_gate|projection)\.weight"
