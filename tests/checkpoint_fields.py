@@ -29,6 +29,16 @@ def _mistral(layers: int, overrides: dict[str, object]) -> dict[str, object]:
     return {"sliding_window": None}
 
 
+def _ministral3(layers: int, overrides: dict[str, object]) -> dict[str, object]:
+    """Queries grow at every 16th position, much more than those of published ones."""
+    stretch = {"rope_type": "yarn", "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0, "llama_4_scaling_beta": 0.5}
+    length = {"mscale": 1.0, "mscale_all_dim": 1.0}
+    return {
+        "rope_parameters": stretch | length | {"rope_theta": 50_000.0, "original_max_position_embeddings": 16},
+        "max_position_embeddings": 512,
+    }
+
+
 def _olmo3(layers: int, overrides: dict[str, object]) -> dict[str, object]:
     stretch = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
     rotations = _two_rotations()
@@ -191,6 +201,7 @@ FIELDS: dict[str, Callable[[int, dict[str, object]], dict[str, object]]] = {
     "qwen3_moe": _qwen3_moe,
     "gemma3": _gemma3,
     "mistral": _mistral,
+    "ministral3": _ministral3,
     "olmo3": _olmo3,
     "gemma2": _gemma2,
     "gpt_oss": _gpt_oss,

@@ -20,6 +20,7 @@ FAMILIES = ("llama", "qwen3", "qwen3_moe", "gemma3")
 
 MORE_FAMILIES = (
     "mistral",
+    "ministral3",
     "qwen2",
     "olmo2",
     "olmo3",
@@ -42,6 +43,7 @@ _NAMES = {
     "qwen3_moe": ("qwen3_moe", "Qwen3MoeForCausalLM"),
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
     "mistral": ("mistral", "MistralForCausalLM"),
+    "ministral3": ("ministral3", "Ministral3ForCausalLM"),
     "qwen2": ("qwen2", "Qwen2ForCausalLM"),
     "olmo2": ("olmo2", "Olmo2ForCausalLM"),
     "olmo3": ("olmo3", "Olmo3ForCausalLM"),

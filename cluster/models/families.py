@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from cluster.errors import ModelError
 from cluster.models.family import Attention, Family, States, Windows
 from cluster.models.layout import sharing_layers
+from cluster.models.wrappers import text_model_of
 from cluster.types import Backend
 
 _BOTH = frozenset(Backend)
@@ -53,6 +54,8 @@ _FAMILIES = {
         ),
         # Windows are for all layers or, since version 0.2, for none.
         Family("mistral", "Mistral", _BOTH, _NORMS, windows=Windows(4096)),
+        # Rotations are stretched, and queries grow with their position.
+        Family("ministral3", "Ministral 3", _BOTH, _NORMS, head_dim=128, refused=("sliding_window",)),
         Family("qwen2", "Qwen2", _BOTH, _NORMS),
         Family("olmo2", "OLMo 2", _BOTH, _AFTER_NORMS + _QK_NORMS),
         Family("olmo3", "OLMo 3", _BOTH, _AFTER_NORMS + _QK_NORMS, windows=Windows(4096, seeing_all=4)),
@@ -189,25 +192,6 @@ _FAMILIES = {
         ),
     )
 }
-# A wrapper's own model type, and the one that its text_config has to have.
-_WRAPPERS = {
-    "gemma3": "gemma3_text",
-    "gemma4": "gemma4_text",
-    "llama4": "llama4_text",
-    "mistral3": "mistral",
-    "qwen2_5_vl": "qwen2_5_vl_text",
-    "qwen3_vl": "qwen3_vl_text",
-    "qwen3_5": "qwen3_5_text",
-    "qwen3_5_moe": "qwen3_5_moe_text",
-}
-
-# Text models that are another's, but for rotations that also follow where in time and in a picture a token is. For text
-# all of these are its position.
-_ALIKE = {"qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
-_PLACES = ("mrope_section", "mrope_interleaved")
-# As published first, these have the settings of their text model beside those of vision.
-_FLAT = ("qwen2_5_vl",)
-
 # `longrope` has two sets of rotations, for short and for long sequences. transformers changes from one to the other,
 # and computes the sequence again, when its length passes the original context; mlx-lm always uses the long ones, unless
 # it is given the short ones for them. So sequences end there.
@@ -221,16 +205,7 @@ def known_families() -> tuple[Family, ...]:
 
 def family_of(config: Mapping[str, object], where: str) -> tuple[Family, Mapping[str, object]]:
     """The family, and the configuration of the text model: the nested one of a vision-language checkpoint."""
-    model_type = config.get("model_type")
-    text_config: Mapping[str, object] = config
-    if isinstance(model_type, str) and model_type in _WRAPPERS:
-        nested = config.get("text_config", config if model_type in _FLAT else None)
-        if not isinstance(nested, dict):
-            raise ModelError(f"{where}: expected text_config in a {model_type} configuration, found none")
-        inner = nested.get("model_type")
-        text_config, model_type = nested, _WRAPPERS[model_type] if inner in (None, model_type) else inner
-    if isinstance(model_type, str) and model_type in _ALIKE:
-        text_config, model_type = _of_text_alone(text_config), _ALIKE[model_type]
+    model_type, text_config = text_model_of(config, where)
     family = _FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         supported = ", ".join(f"{known.title} ({known.model_type})" for known in _FAMILIES.values() if known.engines)
@@ -240,17 +215,6 @@ def family_of(config: Mapping[str, object], where: str) -> tuple[Family, Mapping
         )
     _refuse_settings(family, text_config, where)
     return family, text_config
-
-
-def _of_text_alone(config: Mapping[str, object]) -> Mapping[str, object]:
-    """Rotations by a token's position alone, in either spelling."""
-    changed: dict[str, object] = {}
-    for name in ("rope_parameters", "rope_scaling"):
-        if isinstance(rotation := config.get(name), dict):
-            kept = {setting: value for setting, value in rotation.items() if setting not in _PLACES}
-            kept |= {key: "default" for key in ("type", "rope_type") if kept.get(key) == "mrope"}
-            changed[name] = kept if kept.keys() - {"type", "rope_type"} else None
-    return {**config, **changed}
 
 
 def engines_for(family: Family, config: Mapping[str, object]) -> frozenset[Backend]:

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("mlx_lm", reason="the MLX engine needs the extra [mlx]")
 
 import mlx.core as mx
-from mlx_lm.models import gemma4_text, gpt_oss
+from mlx_lm.models import gemma4_text, gpt_oss, ministral3
 
 from cluster.errors import ModelError
 from cluster.models.checkpoint import Checkpoint
@@ -70,6 +70,8 @@ BEYOND_MLX_LM: dict[str, tuple[str, dict[str, Any]]] = {
     "queries as they are": ("deepseek_v3", {"q_lora_rank": None}),
     "own inputs and shared keys": ("gemma4_small", {}),
     "wide heads": ("gemma4", {}),
+    "growing queries": ("ministral3", {}),
+    "short factors beside a tied head": ("phi3", LONG_ROPE | {"tie_word_embeddings": True}),
 }
 """transformers is the judge of these."""
 
@@ -239,7 +241,12 @@ def _narrow_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rotations, "_as_stated_by_kind", whole)
 
 
+def _queries_that_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ministral3, "_get_llama_4_attn_scale", lambda size, *_: mx.ones((size, 1)))
+
+
 MUTANTS = [
+    (_queries_that_stay, "growing queries"),
     (_foreign_inputs, "own inputs and shared keys"),
     (_new_keys_alone, "own inputs and shared keys"),
     (_narrow_heads, "wide heads"),
@@ -313,6 +320,9 @@ DEEPSEEK = {**LATENT, "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_inte
         ("deepseek_v3", {**DEEPSEEK, "rope_interleave": False}, "rope_interleave"),
         ("deepseek_v3", {**DEEPSEEK, "rope_scaling": YARN | {"mscale": 1.0}}, "mscale_all_dim"),
         ("deepseek_v3", {**DEEPSEEK, "scoring_func": "softmax"}, "scoring_func"),
+        ("ministral3", {"sliding_window": 8}, "sliding_window is 8"),
+        ("ministral3", {"rope_parameters": YARN}, "llama_4_scaling_beta"),
+        ("ministral3", {"rope_parameters": {"rope_theta": 1e4, "llama_4_scaling_beta": 0.1}}, "rope_type"),
         ("gemma4_text", {**VARIED, "use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
         ("gemma4_text", {**VARIED, "layer_types": ["full_attention"] * 6}, "needs both kinds"),
         ("gemma4_text", {**VARIED, "per_layer_config": {"5": {"head_dim": 32}}}, "for each of the layers 2, 5"),

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("mlx_lm", reason="the MLX engine needs the extra [mlx]")
 
-from cluster.models import families
+from cluster.models import wrappers
 from cluster.models.checkpoint import open_checkpoint
 from cluster.models.facts import read_facts
 from cluster.models.layout import owned_tensors
@@ -41,7 +41,7 @@ def wrapped(checkpoint: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_every_wrapper_is_tested() -> None:
-    assert set(families._WRAPPERS) == set(WRAPPED)
+    assert set(wrappers.WRAPPERS) == set(WRAPPED)
 
 
 @MAKERS
@@ -77,6 +77,19 @@ def test_verify_has_a_reference(wrapper: str, wrapped: Checkpoints, whole_model:
     expected = whole_model(WRAPPED[wrapper]).logits(PROMPT)[-len(trace.logits) :]
     np.testing.assert_allclose(trace.logits, expected, rtol=0, atol=TOLERANCE)
     assert len(trace.hidden) == facts.layer_count + 1
+
+
+@MAKERS
+def test_mistral_3_holds_one_of_two_text_models(
+    makers: tuple[Callable[[], Engine], ...],
+    checkpoint: Checkpoints,
+    whole_model: Callable[[str], WholeModel],
+    tmp_path: Path,
+) -> None:
+    """Ministral's is the other one."""
+    engines = load_pipeline(makers, stage_specs(wrap("mistral3", checkpoint("ministral3"), tmp_path), (3,)))
+    expected = whole_model("ministral3").logits(PROMPT)[-1]
+    np.testing.assert_allclose(run_prefill(engines, PROMPT), expected, rtol=0, atol=TOLERANCE)
 
 
 @MAKERS

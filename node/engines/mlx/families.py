@@ -50,6 +50,14 @@ MLX_FAMILIES: Mapping[str, MlxFamily] = {
     "llama": MlxFamily("llama", _SCALED, 10_000.0, _SILU, {"attention_bias": False, "mlp_bias": False}),
     # For mlx-lm it is Llama, whose windows come from a list that Mistral's configurations do not have.
     "mistral": MlxFamily("llama", _SCALED, 10_000.0, {**_SILU, **_UNBIASED}, windows=Windows.IGNORED),
+    "ministral3": MlxFamily(
+        "ministral3",
+        frozenset({"yarn"}),
+        1_000_000.0,
+        _SILU,
+        norm_eps=1e-5,
+        rotations=Rotations.WITH_GROWING_QUERIES,
+    ),
     "qwen2": MlxFamily("qwen2", _SCALED, 10_000.0, _SILU, lacks=frozenset({"head_dim"})),
     "qwen3": MlxFamily("qwen3", _SCALED, 10_000.0, {**_SILU, **_UNBIASED}),
     # Its attention takes the base and nothing else, so a scaled rotation would be ignored.

@@ -19,6 +19,7 @@ class Rotations(enum.Enum):
     LOCAL_BASE = enum.auto()  # layers with a window have a base of their own
     SCALED_BEYOND_WINDOWS = enum.auto()  # one base; only layers without a window are scaled
     BY_KIND = enum.auto()  # each kind of layer has its own, and mlx-lm takes both as they are stated
+    WITH_GROWING_QUERIES = enum.auto()  # the same for all layers, beside how much longer queries become
     PARTIAL = enum.auto()  # some dimensions of a head only, and factors for each of them
 
 

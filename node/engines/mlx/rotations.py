@@ -54,6 +54,8 @@ def read_rotation(family: MlxFamily, config: Mapping[str, object], shape: Shape,
             return _scaled_beyond_windows(family, config, where)
         case Rotations.BY_KIND:
             return _as_stated_by_kind(family, config, where)
+        case Rotations.WITH_GROWING_QUERIES:
+            return _with_growing_queries(family, config, where)
         case Rotations.PARTIAL:
             return _partial(family, config, shape, where)
 
@@ -115,6 +117,15 @@ def _as_stated_by_kind(family: MlxFamily, config: Mapping[str, object], where: s
         "sliding_attention": {"rope_type": "default", "rope_theta": _theta(windowed.get("rope_theta"), where)},
     }
     return Rotation({"rope_parameters": by_kind})
+
+
+def _with_growing_queries(family: MlxFamily, config: Mapping[str, object], where: str) -> Rotation:
+    """Ministral 3: each time that a position passes another original context, its query grows."""
+    stated = dict(_stated(config, where))
+    growth = _positive("llama_4_scaling_beta", stated.pop("llama_4_scaling_beta", None), where)
+    theta = _theta(stated.get("rope_theta") or config.get("rope_theta") or family.rope_theta, where)
+    scaling = _scaling(stated, family, where) or {}
+    return Rotation({"rope_parameters": {**scaling, "rope_theta": theta, "llama_4_scaling_beta": growth}})
 
 
 def _partial(family: MlxFamily, config: Mapping[str, object], shape: Shape, where: str) -> Rotation:
