@@ -25,7 +25,8 @@ from cluster.models.safetensors_header import LENGTH_BYTES, header_bytes
 from coordinator.gguf.architectures import COMPUTED
 from coordinator.gguf.layout import lay_out
 from coordinator.gguf.source import open_gguf, part_names
-from coordinator.hub_download import explained, find_cached, list_files, weights_of
+from coordinator.hub_download import Unreachable, explained, find_cached, list_files, weights_of
+from coordinator.hub_stream import HubFile
 
 _FIRST_BYTES = 256 * 1024
 """Holds the headers of nearly all files, so that one request each is enough."""
@@ -50,7 +51,7 @@ def peek(repository: str, revision: str | None) -> Checkpoint:
         for name in small:
             (folder / name).write_bytes(Path(hf_hub_download(repository, name, revision=commit)).read_bytes())
         for name in weights_of(set(files), folder):
-            _write_hollow(folder / name, hf_hub_url(repository, name, revision=commit), files[name].size_bytes)
+            _write_hollow(folder / name, hf_hub_url(repository, name, revision=commit), _told_bytes(files[name]))
         return open_checkpoint(folder)
 
 
@@ -68,8 +69,15 @@ def peek_gguf(repository: str, revision: str | None, gguf: str) -> Checkpoint:
         commit, files = list_files(repository, branch, gguf)
         for name in part_names(gguf):
             url = hf_hub_url(repository, name, revision=commit)
-            _write_hollow_gguf(folder / name, url, files[name].size_bytes)
+            _write_hollow_gguf(folder / name, url, _told_bytes(files[name]))
         return lay_out(open_gguf(folder / gguf)).checkpoint()
+
+
+def _told_bytes(file: HubFile) -> int:
+    """The file's size, which some mirrors do not tell."""
+    if file.size_bytes == 0:
+        raise Unreachable(f"{constants.ENDPOINT} does not say how long {file.name} is; download the model to find out")
+    return file.size_bytes
 
 
 def _offline(repository: str, branch: str) -> ModelError:

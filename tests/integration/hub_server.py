@@ -46,6 +46,7 @@ class Hub:
     sent_bytes: dict[str, int] = field(default_factory=dict)
     stall_after_bytes: int | None = None  # of one large file's answer: then nothing until the client gives up
     cut_after_bytes: int | None = None  # of one large file's answer: then the connection closes, once
+    is_plain: bool = False  # tells neither sizes nor hashes of files, as simple mirrors do not
     busy_answers: int = 0  # so many requests for large files are answered 429, to be repeated after a second
     refused_at_s: dict[str, float] = field(default_factory=dict)
     impatient: int = 0  # requests that came again sooner
@@ -137,6 +138,9 @@ class _Handler(BaseHTTPRequestHandler):
         siblings, tree = [], []
         for path in sorted(repository.folder.iterdir()):
             size, blob = path.stat().st_size, hashlib.sha1(path.read_bytes()).hexdigest()
+            if self.hub.is_plain:
+                siblings.append({"rfilename": path.name})
+                continue
             sibling = {"rfilename": path.name, "size": size, "blobId": blob}
             entry = {"type": "file", "path": path.name, "size": size, "oid": blob}
             if _is_large(path):

@@ -100,6 +100,12 @@ def test_what_cannot_be_served_is_refused_before_it_is_downloaded(hub: Hub, tmp_
     assert hub.sent_bytes["model.safetensors"] < 1024 * 1024, "no more than its header"
 
 
+def test_a_mirror_that_tells_no_sizes_and_hashes_serves_as_well(hub: Hub, tmp_path: Path) -> None:
+    hub.is_plain = True
+    with _serving(hub, tmp_path) as coordinator:
+        coordinator.process.wait_for("waiting", START_S)
+
+
 def test_a_hub_that_is_busy_for_a_moment_ends_nothing(hub: Hub, tmp_path: Path) -> None:
     hub.busy_answers = 2
     with _serving(hub, tmp_path) as coordinator:
