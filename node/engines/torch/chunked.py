@@ -52,10 +52,13 @@ def _forward(module: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, to
     scores, logits = module.router(tokens)
     output = module.shared_expert(tokens)
     experts = module.experts
-    for expert in range(module.num_experts):
-        rows = scores[:, expert].nonzero()[:, 0]
-        if len(rows):
-            entering = tokens[rows] * scores[rows, expert, None]
-            gate, up = (entering @ experts.gate_up_proj[expert]).chunk(2, dim=-1)
-            output.index_add_(0, rows, (up * experts.act_fn(gate)) @ experts.down_proj[expert])
+    # A score of zero is one of an expert that was not chosen. Asked once, because a device has to be waited for.
+    chosen: dict[int, list[int]] = {}
+    for row, expert in scores.nonzero().tolist():
+        chosen.setdefault(expert, []).append(row)
+    for expert, places in chosen.items():
+        rows = torch.tensor(places, device=tokens.device)
+        entering = tokens[rows] * scores[rows, expert, None]
+        gate, up = (entering @ experts.gate_up_proj[expert]).chunk(2, dim=-1)
+        output.index_add_(0, rows, (up * experts.act_fn(gate)) @ experts.down_proj[expert])
     return output, logits
