@@ -221,6 +221,28 @@ def test_a_node_whose_disk_lies_is_left_out(source: SourceModel, tmp_path: Path)
     run(test)
 
 
+def test_a_node_says_how_much_it_has_sent(source: SourceModel, tmp_path: Path) -> None:
+    _put(source, tmp_path / "a", _ALL)
+
+    async def sent_bytes(address: str) -> int:
+        async with Credentials().channel(address) as channel:
+            stub: Any = rpc.WeightsStub(channel)
+            return int((await stub.GetHoldings(pb.GetHoldingsRequest(model_id=source.manifest.id))).sent_bytes)
+
+    async def test() -> None:
+        async with (
+            serving(source.folder, twist=_refuse) as coordinator,
+            _peer(tmp_path / "a") as a,
+            _peer(tmp_path / "b") as b,
+        ):
+            assert await sent_bytes(a.address) == 0
+            said = await b.fetch(coordinator, _SECOND, a.address)
+            sent = await sent_bytes(a.address)
+            assert said["total_bytes"] <= sent <= said["received_bytes"]
+
+    run(test)
+
+
 def test_a_peer_that_is_not_there_costs_a_moment(source: SourceModel, tmp_path: Path) -> None:
     async def test() -> None:
         async with serving(source.folder) as coordinator, _peer(tmp_path / "b") as b:
