@@ -15,6 +15,7 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from cluster.errors import ModelError
+from node.engines.mlx import repack
 from node.engines.mlx.exact import ExactLinear, ExactSwitchLinear
 from node.engines.mlx.integers import confirm
 from node.engines.mlx.repack import Affine, from_awq, from_gptq, from_pack_quantized
@@ -100,6 +101,13 @@ def test_compressed_tensors_matrices_are_exact(bits: int, symmetric: bool, reord
     assert_same(
         from_pack_quantized(packed, scale, zeros, groups, bits=bits, reordered=reordered, dtype=mx.float16), quantised
     )
+
+
+def test_large_matrices_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repack, "_PART_BYTES", 5 * 4 * INPUTS)
+    plain, ordered = (integer_formats.quantise(weights(), order=order) for order in (None, shuffled()))
+    assert_same(from_awq(**in_mlx(integer_formats.awq(plain)), dtype=mx.float16), plain)
+    assert_same(of_gptq(ordered, reordered=True), ordered)
 
 
 def test_symmetric_matrices_keep_the_type_of_their_scales() -> None:

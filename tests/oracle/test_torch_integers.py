@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from cluster.errors import ModelError
 from cluster.models.checkpoint import open_checkpoint
 from cluster.models.facts import read_facts
+from cluster.quantities import MIB
 from cluster.types import Backend
 from node.engines.torch import repack
 from node.engines.torch.products import Whole
@@ -23,6 +27,9 @@ from tests.oracle.conftest import TOLERANCE
 from tests.oracle.pipelines import greedy, run_prefill
 from tests.oracle.reference import LAST_TOKENS, Reference, WholeModel, assert_same, decisive_reference
 from tests.oracle.test_torch_engine import torch_pipeline
+
+ON_THEIR_WAY_BYTES = 16 * MIB
+"""Codes that change places, part by part, and what one matrix was read into: no more of them in larger models."""
 
 Integers = Callable[[str, str], tuple[Path, Reference]]
 
@@ -120,6 +127,34 @@ def test_plans_count_what_the_engine_holds(family: str, overrides: dict[str, int
     planned = layers + facts.embedding_bytes + facts.norm_bytes + facts.head_bytes
     assert engine.capacity().weight_bytes == planned
     assert planned < 0.7 * read_facts(open_checkpoint(folder)).stored_bytes
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_a_load_needs_little_more_memory_than_its_slice(tmp_path: Path) -> None:
+    """Eight of sixteen layers; they are alike, since quantising takes longest here."""
+    one = make_checkpoint(
+        "llama", tmp_path / "one", layers=1, hidden_size=1024, intermediate_size=3072, dtype="float16"
+    )
+    folder, _ = quantised_checkpoint(one, "awq")
+    tensors = load_file(folder / "model.safetensors")
+    layer = {name: tensor for name, tensor in tensors.items() if ".layers.0." in name}
+    for index in range(1, 16):
+        tensors |= {name.replace(".0.", f".{index}.", 1): tensor.clone() for name, tensor in layer.items()}
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 16}))
+    warm, _ = quantised_checkpoint(make_checkpoint("llama", tmp_path / "warm"), "awq")
+    output = subprocess.run(
+        [sys.executable, "-m", "tests.oracle.peak_memory", str(folder), str(warm)],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(__file__).parents[2],
+    ).stdout
+    growth_bytes, slice_bytes = map(int, output.split())
+    assert slice_bytes > 40e6
+    assert 0.95 * slice_bytes <= growth_bytes <= 1.10 * slice_bytes + ON_THEIR_WAY_BYTES
 
 
 def test_biases_of_zeros_that_a_model_does_not_have_are_left_out(integers: Integers, tmp_path: Path) -> None:

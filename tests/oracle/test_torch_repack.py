@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cluster.errors import ModelError
+from node.engines.torch import repack
 from node.engines.torch.repack import Affine, from_awq, from_gptq, from_pack_quantized
 from tests import integer_formats
 from tests.integer_formats import Array, Quantised
@@ -92,6 +93,14 @@ def test_compressed_tensors_matrices_are_exact(bits: int, symmetric: bool, reord
     )
     assert (matrix.inputs is not None) is reordered
     assert_same(matrix, quantised)
+
+
+def test_large_matrices_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repack, "_TRANSIENT_BYTES", 5 * 4 * INPUTS)
+    plain, ordered = (integer_formats.quantise(weights(), order=order) for order in (None, shuffled()))
+    assert_same(from_awq(**in_torch(integer_formats.awq(plain))), plain)
+    files = in_torch(integer_formats.gptq(ordered))
+    assert_same(from_gptq(**files, bits=4, symmetric=False, zeros_are_one_less=True, reordered=True), ordered)
 
 
 def test_symmetric_matrices_keep_the_type_of_their_scales() -> None:

@@ -144,7 +144,7 @@ def test_matrices_have_the_shape_that_their_words_hold(files: Stored, settings: 
         (AWQ_FILES | {"qweight": (DType.U32, (128, 12))}, AWQ, "expected a matrix of I32"),
         (AWQ_FILES | {"qweight": (I32, (128, 12, 1))}, AWQ, "expected a matrix of I32"),
         (AWQ_FILES | {"scales": (F16, (96, 2))}, AWQ, "scales for 96 rows of 2 groups"),
-        (AWQ_FILES | {"scales": (I32, (2, 96))}, AWQ, "scales for 96 rows of 2 groups"),
+        (AWQ_FILES | {"scales": (DType.U8, (2, 96))}, AWQ, "scales for 96 rows of 2 groups"),
         (AWQ_FILES | {"qzeros": (I32, (2, 96))}, AWQ, "packed zeros"),
         (AWQ_FILES | {"qzeros": (F16, (2, 12))}, AWQ, "packed zeros"),
         ({k: v for k, v in AWQ_FILES.items() if k != "qzeros"}, AWQ, "no zeros beside it"),

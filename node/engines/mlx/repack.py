@@ -14,9 +14,15 @@ import mlx.core as mx
 
 from cluster.errors import ModelError
 from cluster.models.integer_shapes import MLX_GROUPS
+from cluster.quantities import MIB
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The rows whose values an AWQ word holds, from its lowest bits up; AutoAWQ's kernels unpack pairs in this order."""
+
+_AWQ_ROWS = len(_AWQ_ORDER)
+
+_PART_BYTES = 4 * MIB
+"""Of a matrix whose codes have to change places."""
 
 _WORD_BITS = 32
 
@@ -47,19 +53,31 @@ class Affine:
 
 def from_awq(qweight: mx.array, qzeros: mx.array, scales: mx.array, *, dtype: mx.Dtype) -> Affine:
     """Four bits: qweight [inputs, rows / 8], qzeros [groups, rows / 8] and scales [groups, rows]."""
-    inputs, per_word = qweight.shape[0], len(_AWQ_ORDER)
-    blocks = qweight.view(mx.uint32).reshape(inputs // per_word, per_word, -1)
-    rows = []
-    for row in range(per_word):
-        codes = (blocks >> (4 * _AWQ_ORDER.index(row))) & 15
-        packed = codes[:, 0]
-        for column in range(1, per_word):
-            packed = packed | (codes[:, column] << (4 * column))
-        rows.append(packed)
-    words = mx.stack(rows, axis=-1).reshape(inputs // per_word, -1).T
-    zeros = _values(qzeros, 4).reshape(*qzeros.shape, per_word)
-    zeros = zeros[..., mx.array([_AWQ_ORDER.index(row) for row in range(per_word)])].reshape(qzeros.shape[0], -1)
+    inputs = qweight.shape[0]
+    blocks = qweight.view(mx.uint32).reshape(inputs // _AWQ_ROWS, _AWQ_ROWS, -1)
+    places = mx.array([_AWQ_ORDER.index(row) for row in range(_AWQ_ROWS)])
+    parts = [
+        _turned(blocks[..., first:last]).transpose(2, 1, 0)[:, places].reshape(-1, inputs // _AWQ_ROWS)
+        for first, last in _cuts(blocks.shape[2], 4 * inputs)
+    ]
+    words = mx.concatenate(parts)
+    zeros = _values(qzeros, 4).reshape(*qzeros.shape, _AWQ_ROWS)[..., places].reshape(qzeros.shape[0], -1)
     return _affine(words, scales.T, zeros.T, bits=4, dtype=dtype)
+
+
+def _turned(blocks: mx.array) -> mx.array:
+    """[blocks, 8 columns, words of 8 rows] of four-bit codes as [blocks, 8 rows, words of 8 columns].
+
+    A transposed matrix of codes in three steps: the halves that lie across from each other change places, then the
+    quarters within the halves, then single codes (Hacker's Delight, 7-3).
+    """
+    count, columns, words = blocks.shape
+    for half, mask in ((4, 0x0000FFFF), (2, 0x00FF00FF), (1, 0x0F0F0F0F)):
+        pairs = blocks.reshape(count, -1, 2, half, words)
+        first, second, shift = pairs[:, :, 0], pairs[:, :, 1], 4 * half
+        across = ((first >> shift) ^ second) & mask
+        blocks = mx.stack((first ^ (across << shift), second ^ across), axis=2).reshape(count, columns, words)
+    return blocks
 
 
 def from_gptq(
@@ -124,7 +142,9 @@ def _affine(words: mx.array, scales: mx.array, zeros: mx.array | None, *, bits: 
         biases = -scales * (1 << (bits - 1) if zeros is None else zeros)
     columns = words.shape[1] * _WORD_BITS // bits
     repeats = _repeats(columns // scales.shape[1])
-    return Affine(words, mx.repeat(scales, repeats, axis=1), mx.repeat(biases, repeats, axis=1))
+    # A transposed view would be copied for every product.
+    parts = (words, mx.repeat(scales, repeats, axis=1), mx.repeat(biases, repeats, axis=1))
+    return Affine(*(mx.contiguous(part) for part in parts))
 
 
 def _repeats(width: int) -> int:
@@ -144,23 +164,28 @@ def _ordered(matrix: Affine, g_idx: mx.array, count: int, bits: int, *, reordere
     if not reordered:
         return replace(matrix, doubts=(*matrix.doubts, Doubt(mx.array_equal(groups, in_order), _OTHER_ORDER)))
     inputs = mx.argsort(groups)
-    words = _packed(_values(matrix.words, bits)[:, inputs], bits)
+    bounds = _cuts(matrix.words.shape[0], 4 * matrix.words.shape[1])
+    parts = [_packed(_values(matrix.words[first:last], bits)[:, inputs], bits) for first, last in bounds]
+    words = mx.concatenate(parts)
     message = f"expected {width} columns in each of {count} groups, found g_idx with other numbers; download it again"
     doubt = Doubt(mx.array_equal(groups[inputs], in_order), message)
     return replace(matrix, words=words, inputs=inputs, doubts=(*matrix.doubts, doubt))
 
 
+def _cuts(count: int, size_bytes: int) -> list[tuple[int, int]]:
+    """Parts of so many rows of so many bytes. MLX computes one part or a few at a time, so the whole is never there
+    several times over; parts are no smaller than they must be, since each is a dozen nodes of a graph."""
+    step = max(1, _PART_BYTES // size_bytes)
+    return [(first, min(count, first + step)) for first in range(0, count, step)]
+
+
 def _values(words: mx.array, bits: int) -> mx.array:
     """The integers in words along the last axis, as uint8."""
-    unsigned, mask = words.view(mx.uint32), (1 << bits) - 1
-    parts = [((unsigned >> place) & mask).astype(mx.uint8) for place in range(0, _WORD_BITS, bits)]
-    return mx.stack(parts, axis=-1).reshape(*words.shape[:-1], -1)
+    codes = mx.contiguous(words).view(mx.uint8)
+    return codes if bits == 8 else mx.stack((codes & 15, codes >> 4), axis=-1).flatten(-2)
 
 
 def _packed(values: mx.array, bits: int) -> mx.array:
     """The inverse of `_values`."""
-    parts = values.reshape(*values.shape[:-1], -1, _WORD_BITS // bits)
-    words = parts[..., 0].astype(mx.uint32)
-    for place in range(1, _WORD_BITS // bits):
-        words = words | (parts[..., place].astype(mx.uint32) << (place * bits))
-    return words
+    codes = values if bits == 8 else values[..., ::2] | (values[..., 1::2] << 4)
+    return mx.contiguous(codes).view(mx.uint32)

@@ -114,8 +114,8 @@ def _scaling(matrix: Affine) -> torch.Tensor | None:
     step = max(1, _CHUNK_ELEMENTS // (8 * groups))
     for first in range(0, matrix.rows, step):
         rows = slice(first, first + step)
-        scales, biases = matrix.scales[rows].float(), matrix.biases[rows].float()
-        zeros = biases.add_(scales, alpha=8)
+        scales = matrix.scales[rows].float()
+        zeros = matrix.biases[rows].float().add(scales, alpha=8)  # not in place: biases may be float32 already
         part = scaling[:, rows]
         part[..., 0], part[..., 1] = scales.T, zeros.T
         lost += 16 * float((scales - part[..., 0].T).square().sum())

@@ -15,11 +15,13 @@ import torch
 from cluster.errors import ModelError
 from cluster.quantities import MIB
 
-_TRANSIENT_BYTES = 32 * MIB
-"""Of unpacked inputs at a time, where columns have to change places."""
+_TRANSIENT_BYTES = MIB
+"""Of a matrix at a time, where codes have to change places: what a core's cache holds."""
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The rows whose values an AWQ word holds, from its lowest bits up; AutoAWQ's kernels unpack pairs in this order."""
+
+_AWQ_ROWS = len(_AWQ_ORDER)
 
 _WORD_BITS = 32
 
@@ -40,18 +42,30 @@ class Affine:
 
 def from_awq(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) -> Affine:
     """Four bits: qweight [inputs, rows / 8], qzeros [groups, rows / 8] and scales [groups, rows]."""
-    inputs, per_word = qweight.shape[0], len(_AWQ_ORDER)
-    blocks = qweight.view(inputs // per_word, per_word, -1)
-    words = qweight.new_empty(qweight.shape[1], per_word, inputs // per_word)
-    for place, row in enumerate(_AWQ_ORDER):
-        codes = (blocks >> (4 * place)) & 15
-        packed = codes[:, 0]
-        for column in range(1, per_word):
-            packed = packed | (codes[:, column] << (4 * column))
-        words[:, row] = packed.T
-    zeros = torch.stack([(qzeros >> (4 * _AWQ_ORDER.index(row))) & 15 for row in range(per_word)], dim=-1)
+    inputs, row_words = qweight.shape
+    places = torch.tensor([_AWQ_ORDER.index(row) for row in range(_AWQ_ROWS)], device=qweight.device)
+    words = qweight.new_empty(row_words, _AWQ_ROWS, inputs // _AWQ_ROWS)
+    step = max(1, _TRANSIENT_BYTES // (4 * inputs))
+    for first in range(0, row_words, step):
+        part = qweight[:, first : first + step]
+        words[first : first + step] = _turned(part.unflatten(0, (-1, _AWQ_ROWS)))[:, places].permute(2, 1, 0)
+    zeros = _values(qzeros, 4).unflatten(1, (-1, _AWQ_ROWS))[..., places].flatten(1)
     scales = scales.T.contiguous()
-    return Affine(words.flatten(0, 1), scales, _biases(scales, zeros.flatten(1).T, 4))
+    return Affine(words.flatten(0, 1), scales, _biases(scales, zeros.T, 4))
+
+
+def _turned(blocks: torch.Tensor) -> torch.Tensor:
+    """[blocks, 8 columns, words of 8 rows] of four-bit codes as [blocks, 8 rows, words of 8 columns].
+
+    A transposed matrix of codes in three steps: the halves that lie across from each other change places, then the
+    quarters within the halves, then single codes (Hacker's Delight, 7-3).
+    """
+    for half, mask in ((4, 0x0000FFFF), (2, 0x00FF00FF), (1, 0x0F0F0F0F)):
+        pairs = blocks.unflatten(1, (-1, 2, half))
+        first, second, shift = pairs[:, :, 0], pairs[:, :, 1], 4 * half
+        across = ((first >> shift) ^ second) & mask
+        blocks = torch.stack((first ^ (across << shift), second ^ across), dim=2).flatten(1, 3)
+    return blocks
 
 
 def from_gptq(
@@ -109,7 +123,7 @@ def _biases(scales: torch.Tensor, zeros: torch.Tensor | None, bits: int) -> torc
     has up to eight bits of its own, and float32 holds the product."""
     if zeros is None:
         return scales * -(1 << (bits - 1))
-    return -(scales.float() * zeros)
+    return torch.empty_like(scales, dtype=torch.float32).copy_(zeros).mul_(scales).neg_()
 
 
 def _ordered(matrix: Affine, groups: torch.Tensor | None, bits: int, *, reordered: bool) -> Affine:
@@ -139,15 +153,11 @@ def _ordered(matrix: Affine, groups: torch.Tensor | None, bits: int, *, reordere
 
 def _values(words: torch.Tensor, bits: int) -> torch.Tensor:
     """The integers in words along the last axis, as uint8."""
-    mask = (1 << bits) - 1
-    parts = [((words >> place) & mask).to(torch.uint8) for place in range(0, _WORD_BITS, bits)]
-    return torch.stack(parts, dim=-1).flatten(-2)
+    codes = words.contiguous().view(torch.uint8)
+    return codes if bits == 8 else torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
 
 
 def _packed(values: torch.Tensor, bits: int) -> torch.Tensor:
     """The inverse of `_values`."""
-    parts = values.unflatten(-1, (-1, _WORD_BITS // bits))
-    words = parts[..., 0].to(torch.int32)
-    for place in range(1, _WORD_BITS // bits):
-        words = words | (parts[..., place].to(torch.int32) << (place * bits))
-    return words
+    codes = values if bits == 8 else values[..., ::2] | (values[..., 1::2] << 4)
+    return codes.contiguous().view(torch.int32)
