@@ -20,7 +20,7 @@ Stored = tuple[str, tuple[int, ...], bytes]
 
 NUMBERS = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10, "Q4_K": 12, "Q5_K": 13,
-    "Q6_K": 14, "BF16": 30,
+    "Q6_K": 14, "BF16": 30, "MXFP4": 39,
 }  # fmt: skip
 
 
@@ -263,6 +263,23 @@ def _unpack_q6_k(data: bytes) -> list[float]:
     return values
 
 
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def _pack_mxfp4(block: Floats) -> bytes:
+    """A shared power of two, and four-bit floats of a sign, two bits of exponent and one of mantissa."""
+    top = float(np.abs(block).max())
+    exponent = int(np.ceil(np.log2(top / 6))) if top else -127
+    ranks = np.abs(np.abs(block)[:, None] / 2.0**exponent - np.array(_FP4)).argmin(axis=1)
+    codes = [int(rank) | (8 if value < 0 else 0) for rank, value in zip(ranks, block, strict=True)]
+    return bytes([exponent + 127]) + bytes(codes[i] | codes[i + 16] << 4 for i in range(16))
+
+
+def _unpack_mxfp4(data: bytes) -> list[float]:
+    codes = [byte & 15 for byte in data[1:]] + [byte >> 4 for byte in data[1:]]
+    return [(-1.0 if code & 8 else 1.0) * _FP4[code & 7] * 2.0 ** (data[0] - 127) for code in codes]
+
+
 _BLOCKS: Mapping[str, tuple[int, Callable[[Floats], bytes], Callable[[bytes], list[float]]]] = {
     "Q4_0": (32, _pack_signed(4), _unpack_signed(4)),
     "Q5_0": (32, _pack_signed(5), _unpack_signed(5)),
@@ -272,4 +289,5 @@ _BLOCKS: Mapping[str, tuple[int, Callable[[Floats], bytes], Callable[[bytes], li
     "Q4_K": (256, _pack_k(4), _unpack_k(4)),
     "Q5_K": (256, _pack_k(5), _unpack_k(5)),
     "Q6_K": (256, _pack_q6_k, _unpack_q6_k),
+    "MXFP4": (32, _pack_mxfp4, _unpack_mxfp4),
 }

@@ -41,11 +41,13 @@ def write_model(folder: Path, path: Path, choose: Choose, extra: Mapping[str, ob
     """The checkpoint in `folder` as a GGUF file; beside it `unpacked/`, the same weights for transformers."""
     config = json.loads((folder / "config.json").read_text())
     tensors = {name: array for file in sorted(folder.glob("*.safetensors")) for name, array in load_file(file).items()}
+    tensors = _apart(tensors)
     written: dict[str, Stored] = {}
     unpacked: dict[str, Floats] = {}
     for name, sources in _sources(tensors, config).items():
         values = np.stack([tensors[source] for source in sources]) if len(sources) > 1 else tensors[sources[0]]
-        kind = "F32" if values.ndim == 1 or name.endswith("ffn_gate_inp.weight") else choose(name)
+        is_matrix = values.ndim > 1 and name.endswith(".weight") and "ffn_gate_inp" not in name
+        kind = choose(name) if is_matrix else "F32"
         written[name] = stored(_as_converted(values, name, config), kind)
         # Rows are stored one by one, so their order does not change what becomes of their values.
         plain = dequantised(stored(values.astype(np.float32), kind))
@@ -54,9 +56,41 @@ def write_model(folder: Path, path: Path, choose: Choose, extra: Mapping[str, ob
     metadata = {**_metadata(config), **(tokenizer_metadata(folder)), **(extra or {})}
     target = path.parent / "unpacked"
     target.mkdir(parents=True)
-    save_file(unpacked, target / "model.safetensors", {"format": "pt"})
+    save_file(_together(unpacked), target / "model.safetensors", {"format": "pt"})
     (target / "config.json").write_text(json.dumps(config))
     return write_gguf(path, metadata, written)
+
+
+def _apart(tensors: Mapping[str, Floats]) -> dict[str, Floats]:
+    """gpt-oss' stacks of experts [experts, in, out], of which even columns are gates, as one stack for each matrix."""
+    found: dict[str, Floats] = {}
+    for name, values in tensors.items():
+        stem, _, kind = (
+            name.partition("_proj_") if name.endswith("_bias") else (name.removesuffix("_proj"), "", "weight")
+        )
+        if not stem.endswith((".experts.gate_up", ".experts.down")):
+            found[name] = values
+            continue
+        rows = values if kind == "bias" else values.swapaxes(1, 2)
+        halves = {"gate": rows[:, 0::2], "up": rows[:, 1::2]} if stem.endswith("gate_up") else {"down": rows}
+        block = stem.rpartition(".")[0]
+        found |= {f"{block}.{part}_proj.{kind}": np.ascontiguousarray(half) for part, half in halves.items()}
+    return found
+
+
+def _together(tensors: Mapping[str, Floats]) -> dict[str, Floats]:
+    """The other way."""
+    found = {name: values for name, values in tensors.items() if ".experts.gate_proj." not in name}
+    for name, gates in tensors.items():
+        if ".experts.gate_proj." in name:
+            ups, downs = (found.pop(name.replace("gate_proj", part)) for part in ("up_proj", "down_proj"))
+            both = np.stack([gates, ups], axis=2).reshape(gates.shape[0], -1, *gates.shape[2:])
+            block, kind = name.removesuffix(f"gate_proj.{name.rpartition('.')[2]}"), name.rpartition(".")[2]
+            ending = "" if kind == "weight" else "_bias"
+            for part, values in (("gate_up_proj", both), ("down_proj", downs)):
+                ordered = values.swapaxes(1, 2) if kind == "weight" else values
+                found[f"{block}{part}{ending}"] = np.ascontiguousarray(ordered)
+    return found
 
 
 def tokenizer_metadata(folder: Path) -> dict[str, object]:
@@ -106,6 +140,13 @@ _INNER = {
     "mlp.down_proj": "ffn_down",
     "mlp.gate": "ffn_gate_inp",
 }
+_GPT_OSS = {
+    "post_attention_layernorm": "post_attention_norm",
+    "mlp.router": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
+}
 _GEMMA = {
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
@@ -118,10 +159,12 @@ def _gguf_name(name: str, config: Mapping[str, Any]) -> str:
     ends = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     if stem in ends:
         return f"{ends[stem]}.{kind}"
+    if name.endswith(".self_attn.sinks"):
+        return f"blk.{name.split('.')[2]}.attn_sinks.weight"
     _, _, layer, *inner = stem.split(".")
-    if inner[:2] == ["mlp", "experts"]:
+    if inner[:2] == ["mlp", "experts"] and inner[2].isdigit():
         return f"blk.{layer}.ffn_{inner[3].removesuffix('_proj')}_exps.{kind}"
-    names = _INNER | _GEMMA if config["model_type"].startswith("gemma") else _INNER
+    names = _INNER | {"gemma": _GEMMA, "gpt_o": _GPT_OSS}.get(config["model_type"][:5], {})
     return f"blk.{layer}.{names['.'.join(inner)]}.{kind}"
 
 
@@ -165,7 +208,7 @@ def _llama3_factors(rope: Mapping[str, Any], dims: int) -> list[float]:
     return factors
 
 
-_NAMES = {"mistral": "llama", "qwen3_moe": "qwen3moe", "gemma3_text": "gemma3"}
+_NAMES = {"mistral": "llama", "qwen3_moe": "qwen3moe", "gemma3_text": "gemma3", "gpt_oss": "gpt-oss"}
 
 
 def _metadata(config: Mapping[str, Any]) -> dict[str, object]:
@@ -194,6 +237,10 @@ def _metadata(config: Mapping[str, Any]) -> dict[str, object]:
         found[f"{arch}.expert_count"] = config.get("num_experts") or config["num_local_experts"]
         found[f"{arch}.expert_used_count"] = config["num_experts_per_tok"]
         found[f"{arch}.expert_feed_forward_length"] = config["moe_intermediate_size"]
+    if arch == "gpt-oss":
+        found[f"{arch}.expert_count"] = config["num_local_experts"]
+        found[f"{arch}.expert_used_count"] = config["num_experts_per_tok"]
+        found[f"{arch}.expert_feed_forward_length"] = config["intermediate_size"]
     if config.get("sliding_window"):
         found[f"{arch}.attention.sliding_window"] = config["sliding_window"]
     if arch == "gemma2":

@@ -23,6 +23,7 @@ class GgmlType(enum.Enum):
     Q5_K = (13, 256, 176)
     Q6_K = (14, 256, 210)
     BF16 = (30, 1, 2)
+    MXFP4 = (39, 32, 17)
 
     @property
     def block_values(self) -> int:
@@ -52,7 +53,7 @@ _READ = {kind.value[0]: kind for kind in GgmlType}
 _UNREAD = {
     4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
     19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64",
-    28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
+    28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 40: "NVFP4",
 }  # fmt: skip
 
 

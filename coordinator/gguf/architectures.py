@@ -42,6 +42,19 @@ _EXPERTS: Final = {
     "ffn_up_exps": "mlp.switch_mlp.up_proj",
     "ffn_down_exps": "mlp.switch_mlp.down_proj",
 }
+_GPT_OSS: Final = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_sinks": "self_attn.sinks",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_gate_inp": "mlp.router",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+}
 COMPUTED: Final = frozenset({"rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"})
 """Tensors that say how positions rotate; they become settings."""
 
@@ -55,6 +68,7 @@ class Architecture:
     configure: Callable[[GgufFiles], Config]
     layer: Mapping[str, str]  # names of a layer's tensors, without .weight and .bias
     ends: Mapping[str, str] = field(default_factory=lambda: _ENDS)
+    bare: frozenset[str] = frozenset()  # tensors that are called neither weight nor bias there
     pairs_neighbours: bool = False  # rows of queries and keys are in the order of rotations that pair neighbours
     adds_one: bool = False  # norms are stored with the one that the model adds to them
     dtype: DType = DType.F16  # what packed models compute in: the type of GGUF's own scales
@@ -189,7 +203,7 @@ def _gemma3(files: GgufFiles) -> Config:
     assert isinstance(head_dim, int)
     everywhere = scaling(files, "gemma3", head_dim) or {"rope_type": "default"}
     return config | {
-        "layer_types": _kinds(facts.raw("gemma3.attention.sliding_window_pattern"), layers, facts.where),
+        "layer_types": _kinds(facts.raw("gemma3.attention.sliding_window_pattern"), 6, layers, facts.where),
         "rope_parameters": {
             "full_attention": {**everywhere, "rope_theta": facts.number("gemma3.rope.freq_base", 1_000_000.0)},
             "sliding_attention": {
@@ -200,12 +214,12 @@ def _gemma3(files: GgufFiles) -> Config:
     }
 
 
-def _kinds(pattern: object, layers: int, where: str) -> list[str]:
-    """Which layers have a window: all but each sixth where nothing is stated, all but each n-th, or as listed."""
+def _kinds(pattern: object, silent: int, layers: int, where: str) -> list[str]:
+    """Which layers have a window: all but each n-th (`silent` where nothing is stated), or as listed."""
     if isinstance(pattern, tuple) and len(pattern) == layers:
         windowed = [bool(item) for item in pattern]
     elif pattern is None or (type(pattern) is int and pattern > 0):
-        period = pattern if isinstance(pattern, int) else 6
+        period = pattern if isinstance(pattern, int) else silent
         windowed = [(layer + 1) % period != 0 for layer in range(layers)]
     else:
         raise ModelError(
@@ -231,6 +245,30 @@ def _phi3(files: GgufFiles) -> Config:
     return config | {"rope_parameters": rotation, "sliding_window": window or None}
 
 
+def _gpt_oss(files: GgufFiles) -> Config:
+    facts, name = files.facts, "gpt-oss"
+    config = _settings(files, name, "gpt_oss", "GptOssForCausalLM")
+    layers = config["num_hidden_layers"]
+    assert isinstance(layers, int)
+    facts.raw(f"{name}.feed_forward_length")  # no layer is dense
+    config |= {
+        "intermediate_size": facts.integer(f"{name}.expert_feed_forward_length"),
+        "num_local_experts": facts.integer(f"{name}.expert_count"),
+        "num_experts_per_tok": facts.integer(f"{name}.expert_used_count"),
+        "sliding_window": facts.integer(f"{name}.attention.sliding_window"),
+        "layer_types": _kinds(facts.raw(f"{name}.attention.sliding_window_pattern"), 2, layers, facts.where),
+        "attention_bias": True,
+        "swiglu_limit": 7.0,
+    }
+    config = _rotated(files, name, config)
+    rotation = config["rope_parameters"]
+    assert isinstance(rotation, dict)
+    if rotation["rope_type"] == "yarn":
+        # The ramp of every gpt-oss begins and ends between dimensions.
+        rotation |= {"beta_fast": 32.0, "beta_slow": 1.0, **rotation, "truncate": False}
+    return config
+
+
 ARCHITECTURES: Final = {
     known.name: known
     for known in (
@@ -241,6 +279,8 @@ ARCHITECTURES: Final = {
         # Gemma's activations leave the range of float16.
         Architecture("gemma2", "Gemma 2", _gemma2, _LAYER | _AROUND_NORMS, adds_one=True, dtype=DType.BF16),
         Architecture("gemma3", "Gemma 3", _gemma3, _LAYER | _QK_NORMS | _AROUND_NORMS, adds_one=True, dtype=DType.BF16),
+        # Published in bfloat16, whose range its activations use.
+        Architecture("gpt-oss", "gpt-oss", _gpt_oss, _GPT_OSS, bare=frozenset({"attn_sinks"}), dtype=DType.BF16),
         Architecture(
             "phi3",
             "Phi-3",

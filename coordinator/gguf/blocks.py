@@ -69,7 +69,7 @@ def affine(kind: GgmlType, rows: Bytes) -> Affine:
             # Byte i holds the fifth bits of value i of all eight sub-blocks.
             high = (blocks[..., None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None]) & np.uint8(1)
             return _grouped(low.reshape(*blocks.shape[:2], 8, 32) | high << np.uint8(4), *_nested(blocks))
-        case GgmlType.F32 | GgmlType.F16 | GgmlType.BF16 | GgmlType.Q6_K:
+        case GgmlType.F32 | GgmlType.F16 | GgmlType.BF16 | GgmlType.Q6_K | GgmlType.MXFP4:
             raise AssertionError(f"{kind.name} has no codes of its own")
         case _:
             assert_never(kind)
@@ -88,6 +88,13 @@ def numbers(kind: GgmlType, rows: Bytes) -> Floats:
             return _six_bits(rows.reshape(rows.shape[0], -1, kind.block_bytes))
         case _:
             raise AssertionError(f"{kind.name} is kept packed")
+
+
+def four_bit_floats(rows: Bytes) -> tuple[npt.NDArray[np.uint32], Bytes]:
+    """MXFP4 as MLX packs it: the same four-bit floats in their own order, and the exponent that 32 of them share."""
+    blocks = rows.reshape(rows.shape[0], -1, GgmlType.MXFP4.block_bytes)
+    codes = _nibbles(blocks[..., 1:]).reshape(rows.shape[0], -1)
+    return packed(codes, 4), np.ascontiguousarray(blocks[..., 0])
 
 
 def packed(codes: Bytes, bits: int) -> npt.NDArray[np.uint32]:

@@ -23,7 +23,7 @@ from cluster.models.checkpoint import CONFIG_FILE, INDEX_FILE, StoredTensor
 from cluster.models.hashing import Advance, CountProgress, counting
 from cluster.quantities import MIB, format_bytes
 from cluster.types import DType
-from coordinator.gguf.blocks import Bytes, Floats, affine, numbers, packed
+from coordinator.gguf.blocks import CODE_BITS, Bytes, Floats, affine, four_bit_floats, numbers, packed
 from coordinator.gguf.layout import Layout, Shard, Step
 from coordinator.gguf.source import read_bytes
 
@@ -156,12 +156,15 @@ def halves_apart(rows: Bytes, head_rows: int) -> Bytes:
 
 def _targets(step: Step, rows: Bytes) -> tuple[bytes, ...]:
     first = step.targets[0]
-    if not step.bits:
+    if step.packing == "mxfp4":
+        words, exponents = four_bit_floats(rows)
+        return words.tobytes(), exponents.tobytes()
+    if step.packing is None:
         values = numbers(step.source.type, rows)
         return (_rounded(values - np.float32(1) if step.subtracts_one else values, first, step),)
     parts = affine(step.source.type, rows)
     _, scales, biases = step.targets
-    codes = packed(parts.codes, step.bits).tobytes()
+    codes = packed(parts.codes, CODE_BITS[step.source.type]).tobytes()
     return codes, _rounded(parts.scales, scales, step), _rounded(parts.biases, biases, step)
 
 

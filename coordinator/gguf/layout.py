@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -45,9 +46,11 @@ class Step:
     subtracts_one: bool
 
     @property
-    def bits(self) -> int:
-        """Of a code; 0 where numbers are stored as such."""
-        return CODE_BITS[self.source.type] if len(self.targets) > 1 else 0
+    def packing(self) -> str | None:
+        """In MLX's words; None where numbers are stored as such."""
+        if self.source.type is GgmlType.MXFP4:
+            return "mxfp4"
+        return "affine" if self.source.type in CODE_BITS else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,9 @@ def lay_out(files: GgufFiles, *, dtype: DType | None = None, shard_bytes: int = 
     config |= special_ids(files.facts)
     config |= {"torch_dtype": _TORCH_NAMES[chosen], "vocab_size": _vocabulary_size(files)}
     steps = [_step(path, tensor, architecture, files, chosen) for path, tensor in _in_order(files)]
+    names = Counter(target.name for step in steps for target in step.targets)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise ModelError(f"{files.facts.where}: two of its tensors would become {twice[0]}; convert the model again")
     config |= _quantization(steps)
     return Layout(files, architecture, config, chosen, tuple(_shards(steps, shard_bytes)))
 
@@ -151,19 +157,27 @@ def _step(path: Path, source: GgufTensor, architecture: Architecture, files: Ggu
         raise ModelError(
             f"{path}: {source.name} has {source.shape[0]} rows, which are no {heads} heads; download again"
         )
-    if len(source.shape) == 1 and source.type.is_packed:
-        raise ModelError(f"{path}: {source.name} is a vector stored as {source.type.name}, which no converter writes")
+    if source.type.is_packed and (len(source.shape) == 1 or match["kind"] == "bias"):
+        raise ModelError(
+            f"{path}: {source.name} is no matrix, but stored as {source.type.name}; convert the model again"
+        )
     subtracts_one = architecture.adds_one and inner.endswith("norm")
-    targets = _targets(source, name, match["kind"], dtype)
+    full_name = name if inner in architecture.bare else f"{name}.{match['kind']}"
+    targets = _targets(source, name, full_name, dtype)
     return Step(path, source, name, targets, heads, subtracts_one)
 
 
-def _targets(source: GgufTensor, name: str, kind: str, dtype: DType) -> tuple[StoredTensor, ...]:
+def _targets(source: GgufTensor, name: str, full_name: str, dtype: DType) -> tuple[StoredTensor, ...]:
     """Places are given later."""
+    *rows, columns = source.shape
+    if source.type is GgmlType.MXFP4:
+        return (
+            StoredTensor(f"{name}.weight", DType.U32, (*rows, columns // 8), "", 0, 0),
+            StoredTensor(f"{name}.scales", DType.U8, (*rows, columns // GROUP), "", 0, 0),
+        )
     bits = CODE_BITS.get(source.type)
     if bits is None:
-        return (StoredTensor(f"{name}.{kind}", dtype, source.shape, "", 0, 0),)
-    *rows, columns = source.shape
+        return (StoredTensor(full_name, dtype, source.shape, "", 0, 0),)
     words, groups = (*rows, columns * bits // 32), (*rows, columns // GROUP)
     return (
         StoredTensor(f"{name}.weight", DType.U32, words, "", 0, 0),
@@ -173,13 +187,16 @@ def _targets(source: GgufTensor, name: str, kind: str, dtype: DType) -> tuple[St
 
 
 def _quantization(steps: Iterable[Step]) -> dict[str, object]:
-    """The bits of most matrices for all, and of each other one by name."""
-    bits = {step.name: step.bits for step in steps if step.bits}
-    if not bits:
+    """How most matrices are packed for all, and of each other one by name."""
+    packed = {step.name: (CODE_BITS.get(step.source.type, 4), step.packing) for step in steps if step.packing}
+    if not packed:
         return {}
-    usual = max(sorted(set(bits.values())), key=list(bits.values()).count)
-    others = {name: {"group_size": GROUP, "bits": own} for name, own in bits.items() if own != usual}
-    return {"quantization": {"group_size": GROUP, "bits": usual, "mode": "affine", **others}}
+    usual = max(sorted(set(packed.values())), key=list(packed.values()).count)
+
+    def stated(how: tuple[int, str]) -> dict[str, object]:
+        return {"group_size": GROUP, "bits": how[0], "mode": how[1]}
+
+    return {"quantization": stated(usual) | {name: stated(own) for name, own in packed.items() if own != usual}}
 
 
 def _shards(steps: list[Step], shard_bytes: int) -> Iterable[Shard]:
@@ -230,6 +247,8 @@ def _note(kind: GgmlType, step: Step, dtype: DType) -> str:
         return (
             f"{kind.name}: codes kept, {CODE_BITS[kind]} bits in groups of {GROUP}; scales and biases as {dtype.value}"
         )
+    if kind is GgmlType.MXFP4:
+        return "MXFP4: as it is, in another order"
     if kind is GgmlType.Q6_K:
         return f"Q6_K: scales go with 16 values, which neither engine computes with; unpacked to {dtype.value}"
     if kind.name == dtype.value:

@@ -26,6 +26,9 @@ _ENDS = frozenset(
 )
 """Control tokens that end an answer wherever they exist; a file names only one or two of a model's."""
 
+_HARMONY = frozenset({"<|return|>", "<|call|>"})
+"""What ends an answer of gpt-oss, in which `<|end|>` stands between a thought and the answer."""
+
 _SAMPLING = {
     "temperature": "general.sampling.temp",
     "top_p": "general.sampling.top_p",
@@ -152,7 +155,9 @@ def _special(facts: Metadata, vocabulary: Vocabulary) -> _Special:
         return found
 
     eos = id_of("eos")
-    known = {id for id, token in enumerate(vocabulary.tokens) if token in _ENDS and vocabulary.kinds[id] != _NORMAL}
+    marks = {t: id for id, t in enumerate(vocabulary.tokens) if vocabulary.kinds[id] != _NORMAL}
+    usual = (_ENDS - {"<|end|>"}) | _HARMONY if marks.keys() >= _HARMONY else _ENDS
+    known = {id for token, id in marks.items() if token in usual}
     ends = {id for id in (eos, id_of("eot"), id_of("eom"), *known) if id is not None}
     unknown = id_of("unknown")
     if unknown is None and _UNKNOWN in vocabulary.kinds:

@@ -60,6 +60,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("qwen3_moe", {"num_experts": 4, "moe_intermediate_size": 64}),
     "gemma2": ("gemma2", {}),
     "gemma3": ("gemma3", {"sliding_window_pattern": 2}),
+    "gpt_oss": ("gpt_oss", {"num_local_experts": 4, "intermediate_size": 64}),
     "phi3": ("phi3", {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 128}),
 }
 
@@ -70,6 +71,7 @@ PACKED = [
     ("gemma3", "Q4_K_M"),  # the embedding is packed, and is the head
     ("phi3", "the rest"),
     ("qwen2", "the rest"),
+    ("gpt_oss", "mxfp4"),
 ]
 
 STAGES = [
@@ -102,7 +104,12 @@ def as_popular(name: str) -> str:
     return "Q5_0" if "ffn_down_exps" in name else as_q4_k_m(name)
 
 
-RECIPES = {"F32": lambda name: "F32", "Q4_K_M": as_popular, "the rest": as_the_rest}
+def as_gpt_oss(name: str) -> str:
+    """As it is published: the experts alone in four bits."""
+    return "MXFP4" if "_exps" in name else "Q8_0"
+
+
+RECIPES = {"F32": lambda name: "F32", "Q4_K_M": as_popular, "the rest": as_the_rest, "mxfp4": as_gpt_oss}
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cluster.models.gguf_types import GgmlType
-from coordinator.gguf.blocks import CODE_BITS, GROUP, affine, numbers, packed
+from coordinator.gguf.blocks import CODE_BITS, GROUP, affine, four_bit_floats, numbers, packed
 from tests.gguf_files import Floats, dequantised, stored
 
 ROWS, COLUMNS = 3, 512
@@ -35,10 +35,26 @@ def test_codes_scales_and_biases_mean_exactly_the_blocks_values(kind: GgmlType) 
     assert parts.codes.max() < 1 << CODE_BITS[kind]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in GgmlType if kind not in CODE_BITS], ids=lambda kind: kind.name)
+NUMBERS = [GgmlType.F32, GgmlType.F16, GgmlType.BF16, GgmlType.Q6_K]
+
+
+@pytest.mark.parametrize("kind", NUMBERS, ids=lambda kind: kind.name)
 def test_the_other_types_are_numbers(kind: GgmlType) -> None:
     tensor = stored(random_values(), kind.name)
     np.testing.assert_array_equal(numbers(kind, rows_of(kind, tensor[2])), dequantised(tensor))
+
+
+def test_four_bit_floats_keep_codes_and_exponents() -> None:
+    tensor = stored(random_values(), "MXFP4")
+    words, exponents = four_bit_floats(rows_of(GgmlType.MXFP4, tensor[2]))
+    codes = (words[..., None] >> np.arange(0, 32, 4, dtype=np.uint32) & 15).reshape(ROWS, -1)
+    table = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    values = table[codes] * 2.0 ** (exponents.astype(float) - 127).repeat(GROUP, 1)
+    np.testing.assert_array_equal(values.astype(np.float32), dequantised(tensor))
+
+
+def test_every_type_is_read_in_one_of_these_ways() -> None:
+    assert {*CODE_BITS, *NUMBERS, GgmlType.MXFP4} == set(GgmlType)
 
 
 @pytest.mark.parametrize("bits", sorted(set(CODE_BITS.values())))

@@ -49,7 +49,7 @@ SETTINGS: dict[str, dict[str, Value]] = {
             "rope.scaling.attn_factor", "rope.scaling.yarn_beta_fast", "attn_logit_softcapping",
         )
     }
-    for arch in ("llama", "qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3", "phi3")
+    for arch in ("llama", "qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3", "phi3", "gpt-oss")
 }  # fmt: skip
 
 values = st.one_of(

@@ -52,7 +52,7 @@ def test_each_matrix_keeps_the_bits_of_its_codes(tmp_path: Path) -> None:
     eights = {name for name, how in stated.items() if isinstance(how, dict) and how["bits"] == 8}
     assert (stated["bits"], stated["group_size"], stated["mode"]) == (4, 32, "affine")
     assert eights == {f"model.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.o_proj", "mlp.down_proj")}
-    assert stated["model.layers.1.mlp.up_proj"] == {"group_size": 32, "bits": 5}
+    assert stated["model.layers.1.mlp.up_proj"] == {"group_size": 32, "bits": 5, "mode": "affine"}
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,20 @@ def test_unknown_tensors_are_refused(tmp_path: Path) -> None:
 
 def test_a_packed_vector_is_refused(tmp_path: Path) -> None:
     packed = stored(np.ones(256, np.float32), "Q8_0")
-    assert "a vector stored as Q8_0" in refusal(tmp_path, output_norm__weight=packed)
+    assert "is no matrix, but stored as Q8_0" in refusal(tmp_path, output_norm__weight=packed)
+    both = stored(np.ones((32, 256), np.float32), "Q8_0")
+    assert "is no matrix, but stored as Q8_0" in refusal(tmp_path, blk__0__attn_q__bias=both)
+
+
+def test_two_tensors_may_not_become_one(tmp_path: Path) -> None:
+    metadata = {key.replace("llama.", "gpt-oss."): value for key, value in METADATA.items()}
+    more = {"expert_count": 2, "expert_used_count": 1, "expert_feed_forward_length": 32, "attention.sliding_window": 8}
+    metadata |= {"general.architecture": "gpt-oss", **{f"gpt-oss.{name}": value for name, value in more.items()}}
+    tensors = {name: tensor for name, tensor in paper_tensors().items() if "ffn" not in name}
+    sinks = {f"blk.0.attn_sinks.{kind}": vector(1.0, 1.0, 1.0, 1.0) for kind in ("weight", "bias")}
+    dropped = {key: None for key in METADATA if key.startswith("llama.")}
+    with pytest.raises(ModelError, match=r"two of its tensors would become model\.layers\.0\.self_attn\.sinks"):
+        lay_out(open_gguf(paper_gguf(tmp_path / "x.gguf", dropped | metadata, tensors | sinks)))
 
 
 def test_rows_that_are_no_whole_heads_are_refused(tmp_path: Path) -> None:

@@ -178,6 +178,15 @@ def test_known_end_tokens_count_though_the_file_names_another(tmp_path: Path) ->
     assert loaded(values, tmp_path).eos_ids == {3, len(values["tokenizer.ggml.tokens"]) - 2}
 
 
+def test_what_ends_a_thought_of_gpt_oss_does_not_end_its_answer(tmp_path: Path) -> None:
+    values = metadata_of(original(None), "gpt-2", **{"ggml.eos_token_id": 1})
+    values["tokenizer.ggml.tokens"] += ("<|return|>", "<|call|>")
+    values["tokenizer.ggml.token_type"] += (3, 3)
+    count = len(values["tokenizer.ggml.tokens"])
+    assert SPECIALS[3] == "<|end|>"
+    assert loaded(values, tmp_path).eos_ids == {1, count - 2, count - 1}
+
+
 # -- SentencePiece ---------------------------------------------------------------------------------------
 
 
