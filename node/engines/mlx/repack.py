@@ -76,7 +76,7 @@ def _turned(blocks: mx.array) -> mx.array:
         pairs = blocks.reshape(count, -1, 2, half, words)
         first, second, shift = pairs[:, :, 0], pairs[:, :, 1], 4 * half
         across = ((first >> shift) ^ second) & mask
-        blocks = mx.stack((first ^ (across << shift), second ^ across), axis=2).reshape(count, columns, words)
+        blocks = mx.stack([first ^ (across << shift), second ^ across], axis=2).reshape(count, columns, words)
     return blocks
 
 
@@ -143,8 +143,8 @@ def _affine(words: mx.array, scales: mx.array, zeros: mx.array | None, *, bits: 
     columns = words.shape[1] * _WORD_BITS // bits
     repeats = _repeats(columns // scales.shape[1])
     # A transposed view would be copied for every product.
-    parts = (words, mx.repeat(scales, repeats, axis=1), mx.repeat(biases, repeats, axis=1))
-    return Affine(*(mx.contiguous(part) for part in parts))
+    scales, biases = (mx.contiguous(mx.repeat(part, repeats, axis=1)) for part in (scales, biases))
+    return Affine(mx.contiguous(words), scales, biases)
 
 
 def _repeats(width: int) -> int:
@@ -182,7 +182,7 @@ def _cuts(count: int, size_bytes: int) -> list[tuple[int, int]]:
 def _values(words: mx.array, bits: int) -> mx.array:
     """The integers in words along the last axis, as uint8."""
     codes = mx.contiguous(words).view(mx.uint8)
-    return codes if bits == 8 else mx.stack((codes & 15, codes >> 4), axis=-1).flatten(-2)
+    return codes if bits == 8 else mx.stack([codes & 15, codes >> 4], axis=-1).flatten(-2)
 
 
 def _packed(values: mx.array, bits: int) -> mx.array:
