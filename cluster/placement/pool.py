@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cluster.models.facts import ModelFacts
+from cluster.models.formats import HALF_EXPERTS
 from cluster.nodes import NodeFacts
 from cluster.types import Backend, HostId
 
@@ -52,7 +53,8 @@ def why_unable(facts: ModelFacts, node: NodeFacts) -> str | None:
     if node.backend not in facts.backends:
         return f"it runs {node.backend}, and this model runs on {' or '.join(sorted(facts.backends))} only"
     if unread := sorted(facts.formats - node.formats):
-        return f"{node.backend} there does not read {' and '.join(unread)}"
+        remedy = "; --bits 8 would pack them" if unread == [HALF_EXPERTS] and facts.quantization is None else ""
+        return f"{node.backend} there does not read {' and '.join(unread)}{remedy}"
     return None
 
 

@@ -16,6 +16,7 @@ from cluster.models.checkpoint import open_checkpoint
 from cluster.models.facts import read_facts
 from cluster.placement import stage_cost
 from cluster.types import Backend
+from node.engine import LoadProgress
 from node.engines.registry import create_engine
 from tests.checkpoints import FAMILIES, MORE_FAMILIES, STATE_FAMILIES, make_checkpoint
 from tests.oracle.pipelines import load_pipeline, stage_specs
@@ -34,6 +35,15 @@ def test_a_stage_takes_what_its_facts_say(
         predicted = stage_cost(facts, spec.layers, backend, context=24, users=1).weight_bytes
         assert engine.capacity().weight_bytes == predicted
         engine.close()
+
+
+@pytest.mark.parametrize("backend", list(Backend))
+def test_progress_rises_to_its_total(backend: Backend, checkpoint: Callable[[str], Path]) -> None:
+    (spec,) = stage_specs(checkpoint("qwen3_moe"), (), bits=4)
+    seen: list[LoadProgress] = []
+    create_engine(backend).load(spec, seen.append)
+    assert [report.done_bytes for report in seen] == sorted(report.done_bytes for report in seen)
+    assert (seen[0].done_bytes, seen[-1].done_bytes) == (0, seen[0].total_bytes)
 
 
 CONSTANT_BYTES = {Backend.MLX: 12 << 20, Backend.TORCH: 32 << 20}

@@ -85,15 +85,17 @@ def test_packed_weights_that_arrive_during_the_load_compute_the_same(
 
 
 @pytest.mark.skipif(not has_backend("mlx"), reason="the extra [mlx]")
-@pytest.mark.parametrize("name", ["awq", "bits"])
-def test_weights_that_are_repacked_while_they_arrive_compute_the_same(
-    name: str, checkpoint: Checkpoints, tmp_path: Path
+def test_weights_that_are_repacked_while_they_arrive_compute_the_same(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    packed, _ = quantised_checkpoint(make_checkpoint("qwen3", tmp_path / "plain"), "awq")
+    _assert_the_same(Backend.MLX, packed, tmp_path)
+
+
+@pytest.mark.parametrize("backend", sorted({backend for backend, _ in _CASES}))
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_weights_that_are_packed_while_they_arrive_compute_the_same(
+    backend: Backend, family: str, checkpoint: Checkpoints, tmp_path: Path
 ) -> None:
-    if name == "bits":
-        _assert_the_same(Backend.MLX, checkpoint("qwen3_moe"), tmp_path, bits=4)
-    else:
-        packed, _ = quantised_checkpoint(make_checkpoint("qwen3", tmp_path / "plain"), name)
-        _assert_the_same(Backend.MLX, packed, tmp_path)
+    _assert_the_same(backend, checkpoint(family), tmp_path, bits=4)
 
 
 def _assert_the_same(backend: Backend, source: Path, tmp_path: Path, bits: int | None = None) -> None:

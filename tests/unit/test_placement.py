@@ -8,7 +8,7 @@ import pytest
 
 from cluster.errors import DoesNotFit, UsageError
 from cluster.models.facts import ModelFacts
-from cluster.models.formats import Packing
+from cluster.models.formats import HALF_EXPERTS, Packing
 from cluster.placement import Ask, place, stage_cost
 from cluster.plan import Plan
 from cluster.types import Backend, Format, LayerRange, NodeId
@@ -99,6 +99,14 @@ def test_a_node_whose_engine_does_not_read_the_format_is_left_out_with_the_reaso
     reads = frozenset(map(Format, (Packing.NONE, Packing.AFFINE)))
     plan = place(facts, [node("a", ROOMY, formats=reads), node("b", ROOMY)], Ask(8))
     assert plan.left_out == ((NodeId("id-a"), "torch there does not read fp8"),)
+
+
+def test_a_node_that_would_read_the_experts_when_they_are_packed_says_so() -> None:
+    facts = replace(model([1000] * 6), formats=frozenset({Format(Packing.NONE), HALF_EXPERTS}))
+    without = frozenset({Format(Packing.NONE), Format(Packing.AFFINE)})
+    plan = place(facts, [node("a", ROOMY, formats=without), node("b", ROOMY)], Ask(8))
+    reason = "torch there does not read unpacked experts in 16 bits; --bits 8 would pack them"
+    assert plan.left_out == ((NodeId("id-a"), reason),)
 
 
 def test_a_node_too_small_for_a_layer_is_left_out_with_the_reason() -> None:

@@ -179,7 +179,10 @@ def test_nodes_that_cannot_run_the_model_are_named() -> None:
 def test_formats_that_no_node_reads_are_named() -> None:
     packed = replace(model([1000] * 6), formats=frozenset({Format(Packing.FP8), HALF_EXPERTS}))
     message = refusal(packed, [node("a", MIB, formats=frozenset({Format(Packing.FP8)}))], Ask(8))
-    assert "left out: a (torch there does not read unpacked experts in 16 bits). Start more nodes" in message
+    assert (
+        "left out: a (torch there does not read unpacked experts in 16 bits; --bits 8 would pack them). Start more"
+        in message
+    )
 
 
 def test_more_stages_asked_for_than_layers() -> None:
