@@ -187,7 +187,8 @@ def _matrix(
         raise ModelError(f"{where}: expected codes of a matrix as {values.name!r}, found shape {list(values.shape)}")
     *rows, columns = values.shape
     scales = found[Role.SCALES]
-    if 0 in scales.shape or (scales.dtype is not DType.U8 and scales.dtype not in _FLOATING):
+    is_integers = naming in (_QWEIGHT, _COMPRESSED)  # whose scales are checked with them
+    if not is_integers and (0 in scales.shape or scales.dtype not in _FLOATING | {DType.U8}):
         raise ModelError(
             f"{where}: expected numbers that scale {values.name!r}, found {scales.dtype} of shape {list(scales.shape)}"
         )
