@@ -27,6 +27,10 @@ GRPC_MESSAGE_BYTES_MAX: Final = FRAME_PAYLOAD_BYTES_MAX + FRAME_HEADER_BYTES_MAX
 STEP_TOKENS_MAX: Final = 2048
 """Tokens in one step over all rows. Bounds workspace memory, and with it what a frame may claim to hold."""
 
+UNPACKED_BYTES_MAX: Final = 32 * MIB
+"""Of a packed matrix at a time, with what it takes to unpack it, where an engine has no product for it: enough to keep
+a GPU busy. A stage's workspace counts it."""
+
 STEP_ROWS_MAX: Final = 256
 """Rows in one step: more concurrent decoding sequences than LAN machines can serve."""
 

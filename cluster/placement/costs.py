@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from cluster.limits import SEQUENCES_MAX, SEQUENCES_PER_USER, STEP_ROWS_MAX, STEP_TOKENS_MAX
+from cluster.limits import SEQUENCES_MAX, SEQUENCES_PER_USER, STEP_ROWS_MAX, STEP_TOKENS_MAX, UNPACKED_BYTES_MAX
 from cluster.models.facts import LayerFacts, ModelFacts
 from cluster.rewinding import SNAPSHOT_TOKENS, SNAPSHOTS_MAX
 from cluster.types import Backend, LayerRange
@@ -115,7 +115,8 @@ def activation_bytes(facts: ModelFacts, is_last: bool, *, context: int, users: i
     what else a boundary carries (8 x: 7.3 were measured where it is made, up to 5.2 behind that), queries, keys and
     values before and after rotation (2 x), the MLP's gate, up and product (3 x). No step has more new tokens than the
     cache has room for. Then a block of attention's mask in float32, where scores are written three copies of a block
-    of them, and where tokens are drawn the rows' logits and the sampler's copy, all in float32.
+    of them, and where tokens are drawn the rows' logits and the sampler's copy, all in float32. And a part of a packed
+    matrix in full precision.
     """
     tokens = min(STEP_TOKENS_MAX, context * users)
     beside = sum(prod(tensor.shape) for tensor in facts.boundary[1:])
@@ -124,7 +125,8 @@ def activation_bytes(facts: ModelFacts, is_last: bool, *, context: int, users: i
     block = facts.scores_heads * min(_ATTENTION_QUERIES, context) * context
     scores = 3 * 4 * min(block, max(_SCORES, facts.scores_heads * context))
     logits = 2 * 4 * min(STEP_ROWS_MAX, tokens) * facts.vocab_size if is_last else 0
-    return min(tokens * width * facts.dtype.size_bytes + mask + scores + logits, _LARGEST)
+    unpacked = UNPACKED_BYTES_MAX if facts.quantization else 0
+    return min(tokens * width * facts.dtype.size_bytes + mask + scores + logits + unpacked, _LARGEST)
 
 
 class CostTable:

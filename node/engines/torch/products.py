@@ -15,12 +15,16 @@ import torch
 from torch.nn.functional import embedding, linear
 
 from cluster.errors import ModelError
+from cluster.limits import UNPACKED_BYTES_MAX
 from node.engines.torch.int4 import Int4
 from node.engines.torch.packed import Packed, gathered, rows_of, tensors_of
 
+_ELEMENT_BYTES = 16
+"""Of one number while it is unpacked, at most: indexes and numbers of four bytes, what scales them, the result."""
+
 _CHUNK_ELEMENTS = {"cpu": 1 << 18}
-_CHUNK_ELEMENTS_ELSEWHERE = 1 << 22
-"""Unpacked at a time: what a core's cache holds, or enough to keep a GPU busy. Some 10 bytes each."""
+_CHUNK_ELEMENTS_ELSEWHERE = UNPACKED_BYTES_MAX // _ELEMENT_BYTES
+"""Unpacked at a time: about what a core's cache holds (measured from 2^14 to 2^20), or what the limit allows."""
 
 _MATMULS = frozenset({torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__})
 
