@@ -39,6 +39,10 @@ def _ministral3(layers: int, overrides: dict[str, object]) -> dict[str, object]:
     }
 
 
+def _glm4(layers: int, overrides: dict[str, object]) -> dict[str, object]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 50_000.0, "partial_rotary_factor": 0.5}}
+
+
 def _olmo3(layers: int, overrides: dict[str, object]) -> dict[str, object]:
     stretch = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
     rotations = _two_rotations()
@@ -201,6 +205,7 @@ FIELDS: dict[str, Callable[[int, dict[str, object]], dict[str, object]]] = {
     "qwen3_moe": _qwen3_moe,
     "gemma3": _gemma3,
     "mistral": _mistral,
+    "glm4": _glm4,
     "ministral3": _ministral3,
     "olmo3": _olmo3,
     "gemma2": _gemma2,

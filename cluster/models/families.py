@@ -69,6 +69,15 @@ _FAMILIES = {
             dense_mlp=("mlp.gate_up_proj.weight", "mlp.down_proj.weight"),
             windows=Windows(),
         ),
+        # Norms before and behind attention and MLP.
+        Family(
+            "glm4",
+            "GLM-4",
+            _BOTH,
+            (*_NORMS, "post_self_attn_layernorm.weight", "post_mlp_layernorm.weight"),
+            dense_mlp=("mlp.gate_up_proj.weight", "mlp.down_proj.weight"),
+            head_dim=128,
+        ),
         Family(
             "gemma2",
             "Gemma 2",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("mlx_lm", reason="the MLX engine needs the extra [mlx]")
@@ -14,10 +15,11 @@ from node.engines.torch.engine import TorchEngine
 from tests.checkpoints import MORE_FAMILIES, make_checkpoint
 from tests.oracle.conftest import TOLERANCE
 from tests.oracle.mlx_reference import experts_in_stacks
-from tests.oracle.pipelines import greedy, load_pipeline, ragged, stage_specs
-from tests.oracle.reference import LAST_TOKENS, Reference, WholeModel, decisive_reference
+from tests.oracle.pipelines import greedy, load_pipeline, ragged, run_prefill, stage_specs
+from tests.oracle.reference import LAST_TOKENS, Reference, WholeModel, decisive_reference, random_prompt
 from tests.oracle.test_mixed import MIXED, MLX_TORCH, TORCH_MLX, Makers, assert_equal, pipeline
 from tests.oracle.test_mlx_families import BEYOND_MLX_LM
+from tests.oracle.test_torch_load import copied
 
 Checkpoints = Callable[[str], Path]
 
@@ -72,6 +74,18 @@ def test_settings_that_mlx_lm_ignores_mean_the_same_to_both_engines(what: str, t
     for makers in (TORCH_MLX, MLX_TORCH):
         engines = load_pipeline(makers, stage_specs(folder, (3,), context_tokens=128))
         assert_equal(*greedy(engines, expected.prompt, LAST_TOKENS, chunks=(9,)), expected)
+
+
+@pytest.mark.parametrize("makers", MIXED[:2])
+def test_silence_on_how_much_of_a_head_is_rotated_means_the_same_to_all(
+    makers: Makers, checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    """GLM-4 rotates half of it then."""
+    rotation = {"rope_type": "default", "rope_theta": 50_000.0}
+    folder = copied(checkpoint("glm4"), tmp_path, rope_parameters=rotation)
+    prompt = random_prompt(40, seed=3)
+    found = run_prefill(pipeline(makers, folder), prompt)
+    np.testing.assert_allclose(found, WholeModel(folder).logits(prompt)[-1], rtol=0, atol=TOLERANCE)
 
 
 def test_stages_on_the_wrong_side_of_a_cut_fail_the_check(

@@ -320,6 +320,8 @@ DEEPSEEK = {**LATENT, "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_inte
         ("deepseek_v3", {**DEEPSEEK, "rope_interleave": False}, "rope_interleave"),
         ("deepseek_v3", {**DEEPSEEK, "rope_scaling": YARN | {"mscale": 1.0}}, "mscale_all_dim"),
         ("deepseek_v3", {**DEEPSEEK, "scoring_func": "softmax"}, "scoring_func"),
+        ("glm4", {"rope_scaling": YARN}, "yarn"),
+        ("glm4", {"tie_word_embeddings": True}, "only a head of its own"),
         ("ministral3", {"sliding_window": 8}, "sliding_window is 8"),
         ("ministral3", {"rope_parameters": YARN}, "llama_4_scaling_beta"),
         ("ministral3", {"rope_parameters": {"rope_theta": 1e4, "llama_4_scaling_beta": 0.1}}, "rope_type"),

@@ -83,6 +83,18 @@ MLX_FAMILIES: Mapping[str, MlxFamily] = {
         rotations=Rotations.PARTIAL,
         windows=Windows.IGNORED,
     ),
+    "glm4": MlxFamily(
+        "glm4",
+        _PLAIN,
+        10_000.0,
+        _SILU,
+        {"attention_bias": True},
+        lacks=frozenset({"rope_scaling"}),
+        tied=False,
+        norm_eps=1.5625e-7,
+        rotations=Rotations.PARTIAL,
+        rotated=0.5,
+    ),
     # One mask, as if every layer saw everything, and it broadcasts over rows only while heads do not share keys.
     "gemma2": MlxFamily(
         "gemma2",
