@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import subprocess
 from pathlib import Path
@@ -18,7 +19,7 @@ from tests.checkpoints import make_checkpoint
 from tests.gguf_files import gguf_bytes
 from tests.gguf_models import WIDE, as_q4_k_m, write_model
 from tests.gguf_paper import METADATA, paper_gguf, paper_tensors
-from tests.integration.live import Coordinator, Pool, has_backend
+from tests.integration.live import Coordinator, Pool, eventually, has_backend
 
 PROMPT = "<|begin|><|user|>warm bread<|end|><|assistant|>"
 """What the model's own template makes of a question."""
@@ -104,6 +105,35 @@ def test_a_wrong_file_is_refused_in_one_line(fault: str, tmp_path: Path) -> None
     assert said in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert str(path) in result.stderr
+
+
+def wide_paper(path: Path) -> Path:
+    """The paper model with MLPs of zeros so wide that converting them takes seconds."""
+    wide = 1 << 16
+    shapes = {"ffn_gate": (wide, 256), "ffn_up": (wide, 256), "ffn_down": (256, wide)}
+    tensors = paper_tensors() | {
+        f"blk.{layer}.{name}.weight": ("Q8_0", shape, bytes(wide * 256 // 32 * 34))
+        for layer in (0, 1)
+        for name, shape in shapes.items()
+    }
+    return paper_gguf(path, {"llama.feed_forward_length": wide}, tensors)
+
+
+def test_a_killed_conversion_is_made_again_and_is_whole(tmp_path: Path) -> None:
+    path, state = wide_paper(tmp_path / "wide.gguf"), tmp_path / "state"
+    pull = potluck_command("models", "pull", str(path), "--state", str(state), "--json")
+    killed = subprocess.Popen(pull, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    begun = (state / "coordinator" / "converted").glob
+    eventually(lambda: any(part.stat().st_size for part in begun("*.part/.*.begun")), "something is written", 60)
+    killed.kill()
+    killed.wait()
+    assert not [made for made in begun("wide-*") if made.suffix != ".part"]
+    again = subprocess.run(pull, capture_output=True, text=True, timeout=120, check=True)
+    found = Path(json.loads(again.stdout)["folder"])
+    assert sorted(found.parent.glob("wide-*")) == [found]
+    straight = ConversionStore(tmp_path / "straight").make(path)
+    for name in (file.name for file in straight.iterdir()):
+        assert filecmp.cmp(found / name, straight / name, shallow=False)
 
 
 def test_what_was_converted_is_listed_traced_and_removed(tmp_path: Path) -> None:
