@@ -30,6 +30,7 @@ from node.engines.torch.engine import TorchEngine
 from node.engines.torch.reference import trace_whole_model as trace_by_torch
 from node.verification import Part, Subject, Verdict, verify
 from tests.checkpoints import make_checkpoint
+from tests.converted import convert
 from tests.oracle import pipelines
 from tests.oracle.conftest import TOLERANCE
 from tests.oracle.dequantised import dequantised
@@ -112,6 +113,17 @@ def test_packed_at_load_equals_the_whole_model_of_rounded_numbers(
     answer = expected(family, bits)
     engines = load_pipeline(makers, stage_specs(folders(family, bits)[0], CUTS[len(makers)], bits=bits))
     assert_equal(*greedy(engines, answer.prompt, len(answer.ids), chunks=(17,)), answer)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_what_mlx_lm_converted_without_packing_is_packed_alike(
+    family: str, folders: Folders, expected: Callable[[str, int], Reference], tmp_path: Path
+) -> None:
+    """Experts are stacked there, and what expands latents is cut by head and turned."""
+    answer = expected(family, 4)
+    folder = convert(folders(family, 4)[0], tmp_path / "converted")
+    engines = load_pipeline((MLX, TORCH), stage_specs(folder, (3,), bits=4))
+    assert_equal(*greedy(engines, answer.prompt, len(answer.ids)), answer)
 
 
 def _misplaced_scales(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from cluster.types import Backend
 from node.engine import LoadProgress
 from node.engines.registry import create_engine
 from tests.checkpoints import FAMILIES, MORE_FAMILIES, STATE_FAMILIES, make_checkpoint
+from tests.converted import convert
 from tests.oracle.pipelines import load_pipeline, stage_specs
 
 BOTH = (*FAMILIES, *MORE_FAMILIES, *STATE_FAMILIES)
@@ -35,6 +36,23 @@ def test_a_stage_takes_what_its_facts_say(
         predicted = stage_cost(facts, spec.layers, backend, context=24, users=1).weight_bytes
         assert engine.capacity().weight_bytes == predicted
         engine.close()
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp4"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss", "deepseek_v3"])
+def test_a_stage_of_a_packed_checkpoint_takes_what_its_facts_say(
+    family: str, mode: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = convert(checkpoint(family), tmp_path / "packed", bits=4, mode=mode)
+    facts = read_facts(open_checkpoint(folder))
+    for backend in facts.backends:
+        for engine, spec in zip(
+            load_pipeline([partial(create_engine, backend)] * 2, stage_specs(folder, (3,))),
+            stage_specs(folder, (3,)),
+            strict=True,
+        ):
+            predicted = stage_cost(facts, spec.layers, backend, context=24, users=1).weight_bytes
+            assert engine.capacity().weight_bytes == predicted, backend
 
 
 @pytest.mark.parametrize("backend", list(Backend))
