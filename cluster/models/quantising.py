@@ -24,6 +24,8 @@ BITS: Final = (4, 6, 8)
 GROUP: Final = 64
 """Columns that share a scale and a bias: MLX's usual group, half a bit for each number in a 16-bit model."""
 
+_FULL_PRECISION: Final = frozenset({DType.F32, DType.F16, DType.BF16})
+
 _WHOLE: Final = (
     # One row that weighs a whole expert for each token.
     "mlp.shared_expert_gate.weight",
@@ -59,7 +61,7 @@ def is_packed_at_load(name: str, shape: tuple[int, ...], family: Family) -> bool
     """Whether the tensor called `name` is packed: matrices of linear layers, of the embedding and the head, and stacks
     of experts, where groups divide their columns. `shape` ends with the inputs, whatever the order in the file."""
     part, inner = part_of(name), within_layer(name)
-    if not isinstance(part, Embedding | LayerInputs | Layer | Head) or not shape or shape[-1] % GROUP:
+    if not isinstance(part, Embedding | LayerInputs | Layer | Head) or not shape or 0 in shape or shape[-1] % GROUP:
         return False
     if inner in _WHOLE or inner == family.router:
         return False
@@ -75,7 +77,7 @@ def is_turned(name: str, family: Family) -> bool:
 
 def inputs_last(name: str, shape: tuple[int, ...], family: Family) -> tuple[int, ...]:
     """The shape with the inputs as the last axis."""
-    return (*shape[:-2], shape[-1], shape[-2]) if is_turned(name, family) else shape
+    return (*shape[:-2], shape[-1], shape[-2]) if len(shape) == 3 and is_turned(name, family) else shape
 
 
 def packed_at_load(matrices: Mapping[str, Matrix], family: Family, bits: int, dtype: DType) -> dict[str, Matrix]:
@@ -83,14 +85,13 @@ def packed_at_load(matrices: Mapping[str, Matrix], family: Family, bits: int, dt
     return {name: _packed(matrix, family, bits, dtype) for name, matrix in matrices.items()}
 
 
-def packed_bytes(shape: tuple[int, ...], bits: int, dtype: DType) -> int:
-    """Codes, and a scale and a bias for each group."""
-    return prod(shape) * bits // 8 + 2 * prod(shape) // GROUP * dtype.size_bytes
-
-
 def _packed(matrix: Matrix, family: Family, bits: int, dtype: DType) -> Matrix:
     shape = inputs_last(matrix.name, matrix.shape, family)
-    if matrix.packing is not Packing.NONE or not is_packed_at_load(matrix.name, shape, family):
+    if (
+        matrix.packing is not Packing.NONE
+        or matrix.dtype not in _FULL_PRECISION
+        or not is_packed_at_load(matrix.name, shape, family)
+    ):
         return matrix
     *rows, columns = shape
     source, groups = matrix.values, (*rows, columns // GROUP)

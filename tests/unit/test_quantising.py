@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from cluster.errors import ModelError, UsageError
-from cluster.models.checkpoint import open_checkpoint
+from cluster.models.checkpoint import StoredTensor, open_checkpoint
 from cluster.models.facts import ModelFacts, read_facts
 from cluster.models.families import family_of
 from cluster.models.formats import HALF_EXPERTS, Packing, Quantization, readable_formats
-from cluster.models.quantising import check_bits, is_packed_at_load, packed_bytes
+from cluster.models.matrices import read_matrices
+from cluster.models.quantising import check_bits, inputs_last, is_packed_at_load, packed_at_load
 from cluster.types import Backend, DType, Format
 from tests.paper_models import Tensors, paper_config, paper_tensors, write_model
 
@@ -56,6 +57,8 @@ def test_matrices_of_linear_layers_ends_and_experts_are_packed(name: str, shape:
         ("model.layers.0.mlp.experts.gate_up_proj_bias", (8, 64)),
         ("vision_tower.layers.0.mlp.fc1.weight", (10, 64)),
         ("model.layers.0.layer_scalar", ()),
+        ("model.layers.0.self_attn.q_proj.weight", (10, 0)),
+        ("model.layers.0.mlp.experts.gate_up_proj", (8, 0, 64)),
     ],
 )
 def test_all_else_stays_as_it_is_stored(name: str, shape: tuple[int, ...]) -> None:
@@ -88,14 +91,19 @@ def facts_of(folder: Path, family: str, bits: int | None, **config: object) -> M
     return read_facts(open_checkpoint(write_model(folder, stated | config, tensors)), bits)
 
 
+def packed_bytes(rows: int, columns: int, bits: int) -> int:
+    """Codes, and a scale and a bias in 16 bits for every 64 columns."""
+    return rows * columns * bits // 8 + rows * columns // 64 * 4
+
+
 @pytest.mark.parametrize("bits", [4, 6, 8])
 def test_facts_count_what_is_packed_as_packed(tmp_path: Path, bits: int) -> None:
     facts = facts_of(tmp_path, "llama", bits)
     assert (facts.bits, facts.quantization) == (bits, Quantization(Packing.AFFINE, bits, 64))
     assert facts.embedding_bytes == facts.head_bytes == VOCABULARY * (64 * bits // 8 + 2 * 2)
     assert facts.norm_bytes == 2 * HIDDEN
-    attending = packed_bytes((32 + 16 + 16, HIDDEN), bits, DType.BF16) + 2 * HIDDEN * 32  # whose columns are 32
-    mlp = packed_bytes((2 * INNER, HIDDEN), bits, DType.BF16) + 2 * HIDDEN * INNER
+    attending = packed_bytes(32 + 16 + 16, HIDDEN, bits) + 2 * HIDDEN * 32  # whose columns are 32
+    mlp = packed_bytes(2 * INNER, HIDDEN, bits) + 2 * HIDDEN * INNER
     layer = facts.layers[1]
     assert layer.resident_bytes[Backend.MLX] == attending + mlp + 2 * 2 * HIDDEN
     assert layer.streamed_bytes == layer.resident_bytes[Backend.MLX]
@@ -146,3 +154,17 @@ def test_experts_in_16_bits_are_a_format_of_their_own_until_they_are_packed(tmp_
     tensors = {name: (DType.BF16, shape) for name, (_, shape) in tensors.items()}
     packed = read_facts(open_checkpoint(write_model(tmp_path / "packed", config, tensors)), 4)
     assert packed.formats == {Format(Packing.NONE), Format(Packing.AFFINE)}
+
+
+@pytest.mark.parametrize("dtype", [DType.F64, DType.I8, DType.U32])
+def test_what_is_no_full_precision_is_not_packed(dtype: DType) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    (plain,) = read_matrices([StoredTensor(name, dtype, (8, 64), "f", 0, 512 * dtype.size_bytes)], None, "").values()
+    assert packed_at_load({name: plain}, LLAMA, 4, DType.BF16) == {name: plain}
+
+
+@pytest.mark.parametrize("shape", [(), (8,), (8, 64), (8, 64, 64), (2, 8, 64, 64)])
+def test_stacks_of_any_shape_are_looked_at_without_a_crash(shape: tuple[int, ...]) -> None:
+    family, _ = family_of({"model_type": "gpt_oss"}, "")
+    name = "model.layers.0.mlp.experts.down_proj"
+    assert is_packed_at_load(name, inputs_last(name, shape, family), family) is (len(shape) == 3)

@@ -18,7 +18,9 @@ from cluster.models.quantising import GROUP, is_packed_at_load
 def pack_rows(lazy: Mapping[str, mx.array], family: Family, bits: int, dtype: mx.Dtype) -> dict[str, mx.array]:
     """The same tensors, those that `--bits` packs as rows of bytes [..., outputs, bytes]."""
     return {
-        name: _row_bytes(array, bits, dtype) if is_packed_at_load(name, array.shape, family) else array
+        name: _row_bytes(array, bits, dtype)
+        if mx.issubdtype(array.dtype, mx.floating) and is_packed_at_load(name, array.shape, family)
+        else array
         for name, array in lazy.items()
     }
 
