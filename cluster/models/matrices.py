@@ -13,7 +13,7 @@ from math import prod
 
 from cluster.errors import ModelError
 from cluster.models.checkpoint import StoredTensor
-from cluster.models.formats import PACKED_IN_MEMORY, READERS, Packing, Quantization, Width
+from cluster.models.formats import MLX_MODES, PACKED_IN_MEMORY, READERS, Packing, Quantization, Width
 from cluster.models.integer_shapes import INTEGER_PACKINGS, mlx_computes, pair_bytes, unpacked_shape
 from cluster.models.layout import canonical_name
 from cluster.types import Backend, DType
@@ -63,7 +63,9 @@ class Matrix:
         readers = READERS[self.packing]
         if self.packing in INTEGER_PACKINGS and not mlx_computes(self.name, self.width.group or self.shape[-1]):
             return readers - {Backend.MLX}
-        return readers
+        # mlx-lm takes it apart, which it cannot but by packing the parts anew: other numbers than the file's.
+        is_packed_expansion = self.packing in MLX_MODES and self.name.endswith("kv_b_proj.weight")
+        return readers - {Backend.MLX} if is_packed_expansion else readers
 
     @property
     def used(self) -> tuple[StoredTensor, ...]:

@@ -14,6 +14,7 @@ pytest.importorskip("mlx_lm", reason="the checkpoints are made by mlx-lm")
 
 import mlx.core as mx
 
+from cluster.errors import ModelError
 from cluster.models.checkpoint import open_checkpoint
 from cluster.models.facts import read_facts
 from cluster.placement import stage_cost
@@ -143,6 +144,49 @@ def test_a_stage_takes_what_the_plan_was_told(family: str, made: Made) -> None:
         (engine,) = load_pipeline([TorchEngine], [spec])
         told = stage_cost(facts, spec.layers, Backend.TORCH, context=1, users=1).weight_bytes
         assert engine.capacity().weight_bytes == told
+
+
+def with_one_expansion(folder: Path, plain: Path, target: Path) -> Path:
+    """What makes keys and values of latents as older conversions hold it: one packed matrix."""
+    tensors = dict(mx.load(str(folder / "model.safetensors")))  # type: ignore[arg-type]
+    for name in [name for name in tensors if "embed_q." in name or "unembed_out." in name]:
+        del tensors[name]
+    whole = mx.load(str(plain / "model.safetensors"))
+    for name in [name for name in whole if name.endswith("kv_b_proj.weight")]:  # type: ignore[union-attr]
+        path = name.removesuffix("weight")
+        packed = mx.quantize(whole[name], group_size=32, bits=4)  # type: ignore[call-overload,index]
+        tensors |= {f"{path}{part}": array for part, array in zip(("weight", "scales", "biases"), packed, strict=True)}
+    target.mkdir()
+    mx.save_safetensors(str(target / "model.safetensors"), tensors, {"format": "mlx"})
+    (target / "config.json").write_text((folder / "config.json").read_text())
+    return target
+
+
+WIDE_LATENTS = {"kv_lora_rank": 64, "qk_nope_head_dim": 32}
+"""As many as groups are wide, so that what expands latents is packed as well."""
+
+
+def test_packed_expansions_of_latents_are_computed(made: Made) -> None:
+    packed, unpacked = made("deepseek_v3", **WIDE_LATENTS)
+    stored = open_checkpoint(packed).tensors
+    assert "model.layers.0.self_attn.embed_q.scales" in stored
+    assert "model.layers.0.self_attn.unembed_out.scales" in stored
+    prompt = random_prompt(30, seed=1)
+    found = run_prefill(load_pipeline([TorchEngine] * 2, stage_specs(packed, (3,))), prompt, (17,))
+    np.testing.assert_allclose(found, WholeModel(unpacked).logits(prompt)[-1], rtol=0, atol=TOLERANCE)
+
+
+def test_an_older_conversion_of_latents_runs_on_torch_and_is_refused_by_mlx(made: Made, tmp_path: Path) -> None:
+    """mlx-lm would take the matrix apart and pack the parts anew, which gives other numbers."""
+    packed = made("deepseek_v3", **WIDE_LATENTS)[0]
+    folder = with_one_expansion(packed, packed.with_name("plain"), tmp_path / "older")
+    assert read_facts(open_checkpoint(folder)).backends == {Backend.TORCH}
+    prompt = random_prompt(30, seed=1)
+    expected = WholeModel(unconverted(folder, tmp_path / "unpacked")).logits(prompt)[-1]
+    found = run_prefill(load_pipeline([TorchEngine] * 2, stage_specs(folder, (3,))), prompt)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
+    with pytest.raises(ModelError, match=r"MLX does not compute .*kv_b_proj"):
+        load_pipeline([MlxEngine], stage_specs(folder, ()))
 
 
 MUTANTS = {

@@ -143,6 +143,11 @@ def test_any_other_function_is_refused_by_name(function: Any) -> None:
         function(whole)
 
 
+def test_an_attribute_that_only_tensors_have_is_refused_by_name() -> None:
+    with pytest.raises(ModelError, match="knows no view of packed weights"):
+        Whole(affine()[0], torch.float32).view(2, -1)
+
+
 def kernel(matrix: Affine, *, looked_up: bool = False) -> Int4 | None:
     copied = Affine(matrix.codes.clone(), matrix.scales, matrix.biases, matrix.bits)
     found = in_order_of_kernel([copied], torch.bfloat16, looked_up=looked_up)

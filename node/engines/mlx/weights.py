@@ -24,7 +24,7 @@ from cluster.models.integer_shapes import INTEGER_PACKINGS
 from cluster.models.layout import Layer, Part, canonical_name, owned_tensors, part_of, within_layer
 from cluster.models.matrices import read_matrices
 from cluster.models.quantising import GROUP, bits_to_pack
-from cluster.types import DType
+from cluster.types import Backend, DType
 from node.engine import AwaitTensors, LoadProgress, Progress, StageSpec
 from node.engines.mlx.arguments import Arguments
 from node.engines.mlx.eight_bits import unpack
@@ -67,11 +67,14 @@ def load_slice(
     bits = bits_to_pack(spec.bits, stated, where)
     integers = stated if stated is not None and stated.kind in INTEGER_PACKINGS else None
     lazy, doubts = _lazy_tensors(checkpoint.folder, owned), list[Doubt]()
+    matrices = read_matrices(owned, stated, where).values()
+    if unread := [matrix.name for matrix in matrices if Backend.MLX not in matrix.readers]:
+        raise ModelError(f"{where}: MLX does not compute {unread[0]!r} exactly as it is packed; use torch nodes")
     if integers is not None:
-        lazy, doubts = in_affine_form(lazy, read_matrices(owned, integers, where).values(), integers, dtype)
+        lazy, doubts = in_affine_form(lazy, matrices, integers, dtype)
     eight_bits = stated is not None and stated.kind is Packing.FP8
     if stated is not None and eight_bits:
-        lazy = unpack(lazy, read_matrices(owned, stated, where).values(), stated.block, dtype)
+        lazy = unpack(lazy, matrices, stated.block, dtype)
     lazy = _in_order_of_mlx(lazy, arguments.family)
     if bits is not None:
         family, _ = family_of(checkpoint.config, where)
