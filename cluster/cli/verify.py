@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Final, assert_never
 
@@ -26,7 +27,10 @@ from cluster.models.checkpoint import Checkpoint, open_checkpoint
 from cluster.models.facts import ModelFacts, read_facts
 from cluster.models.families import family_of
 from cluster.models.formats import MLX_MODES
+from cluster.models.integer_shapes import INTEGER_PACKINGS
+from cluster.models.layout import Unused, part_of
 from cluster.models.manifest import build_manifest
+from cluster.models.matrices import read_matrices
 from cluster.models.quantising import check_bits
 from cluster.placement import stage_cost
 from cluster.quantities import format_bytes
@@ -73,9 +77,7 @@ def verify_command(command: VerifyCommand) -> int:
         checkpoint = open_checkpoint(model.folder)
         subject = _subject(checkpoint, command, cuts, bits)
         reference = _reference(subject.facts)
-        # transformers unpacks nothing that is packed only at load: it holds all of what is stored.
-        whole = subject.facts if reference.backend is Backend.MLX else read_facts(checkpoint)
-        check_memory(subject, whole.stored_bytes, reference, command.tokens)
+        check_memory(subject, whole_bytes(checkpoint, subject.facts, reference.backend), reference, command.tokens)
         # The coordinator remembers hashes there, and so they need not be computed again.
         manifest = build_manifest(
             checkpoint,
@@ -169,10 +171,22 @@ def _reference(facts: ModelFacts) -> Device:
     return detect_devices(Backend.MLX)[0]
 
 
-def check_memory(subject: Subject, whole_bytes: int, reference: Device, tokens: int) -> None:
+def whole_bytes(checkpoint: Checkpoint, facts: ModelFacts, backend: Backend) -> int:
+    """What the reference holds at most. mlx-lm packs what its stages pack, transformers holds what is stored; except
+    for integers, which are unpacked into a dictionary, and from there become a model."""
+    if backend is Backend.MLX:
+        return facts.stored_bytes
+    if facts.quantization is None or facts.quantization.kind not in INTEGER_PACKINGS:
+        return read_facts(checkpoint).stored_bytes
+    used = (tensor for tensor in checkpoint.tensors.values() if not isinstance(part_of(tensor.name), Unused))
+    matrices = read_matrices(used, facts.quantization, str(checkpoint.folder)).values()
+    return 2 * facts.dtype.size_bytes * sum(prod(matrix.shape) for matrix in matrices)
+
+
+def check_memory(subject: Subject, reference_bytes: int, reference: Device, tokens: int) -> None:
     """Refuse now what would otherwise end in swapping, or in a process that the system kills."""
     facts = subject.facts
-    needs = [(whole_bytes, reference, "the reference holds the whole model", "use a machine with more memory")]
+    needs = [(reference_bytes, reference, "the reference holds the whole model", "use a machine with more memory")]
     for part in subject.stages:
         cost = stage_cost(facts, part.layers, part.device.backend, context=tokens, users=SEQUENCES)
         needs.append(

@@ -16,9 +16,11 @@ from transformers.utils.logging import disable_progress_bar
 from cluster.errors import ModelError
 from cluster.models.facts import ModelFacts
 from cluster.models.families import family_of
+from cluster.models.integer_shapes import INTEGER_PACKINGS
 from cluster.models.layout import Unused, part_of
 from cluster.models.quantising import inputs_last, is_packed_at_load, is_turned
 from node.comparison import Floats, Trace, drawn_tokens
+from node.engines.torch.dequantised import dequantised
 from node.engines.torch.quantising import rounded
 from node.engines.torch.tensors import TORCH_DTYPES
 from node.hardware import Device
@@ -66,8 +68,15 @@ def _load(folder: Path, facts: ModelFacts) -> Any:
         # Some vision-language models are known to the library as such alone.
         generative = type(config) in AutoModelForCausalLM._model_mapping
         auto: Any = AutoModelForCausalLM if generative else AutoModelForImageTextToText
+        source: Any = folder
+        named: dict[str, object] = {}
+        if facts.quantization is not None and facts.quantization.kind in INTEGER_PACKINGS:
+            numbers = dequantised(folder, facts.quantization, TORCH_DTYPES[facts.dtype])
+            auto, source, named = auto._model_mapping[type(config)], None, {"config": config, "state_dict": numbers}
+            del config.quantization_config
         model, report = auto.from_pretrained(
-            folder,
+            source,
+            **named,
             dtype=TORCH_DTYPES[facts.dtype],
             local_files_only=True,
             use_safetensors=True,

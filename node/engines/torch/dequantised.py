@@ -1,0 +1,71 @@
+"""AWQ, GPTQ and compressed-tensors checkpoints in full precision, for the reference of `potluck verify`.
+
+transformers reads these formats with libraries that Potluck does without. Written from the formats' definitions, value
+by value, and apart from the engine's unpacking, so that the two can disagree. Knows no modules.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from cluster.models.checkpoint import Checkpoint, open_checkpoint
+from cluster.models.formats import Packing, Quantization
+from cluster.models.integer_shapes import INTEGER_PACKINGS
+from cluster.models.layout import Unused, part_of
+from cluster.models.matrices import Matrix, Role, read_matrices
+
+_AWQ_NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Where in an AWQ word each of eight neighbours lies, from its lowest four bits up."""
+
+
+def dequantised(folder: Path, stated: Quantization, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Every tensor that a text model computes with, unpacked in float32 and rounded once to `dtype`."""
+    checkpoint = open_checkpoint(folder)
+    used = [tensor for tensor in checkpoint.tensors.values() if not isinstance(part_of(tensor.name), Unused)]
+    numbers: dict[str, torch.Tensor] = {}
+    for matrix in read_matrices(used, stated, str(folder)).values():
+        parts = {role: _read(checkpoint, tensor.name) for role, tensor in matrix.tensors.items()}
+        values = parts[Role.VALUES] if matrix.packing not in INTEGER_PACKINGS else _numbers(matrix, parts, stated)
+        numbers[matrix.name] = values.to(dtype)
+    return numbers
+
+
+def _read(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    with safe_open(checkpoint.folder / checkpoint.tensors[name].file, "pt") as file:
+        tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+
+def _numbers(matrix: Matrix, parts: dict[Role, torch.Tensor], stated: Quantization) -> torch.Tensor:
+    """(q - zero) * scale, [outputs, inputs]."""
+    rows, columns = matrix.shape
+    bits, half = matrix.width.bits, 1 << (matrix.width.bits - 1)
+    words, scales, zeros = parts[Role.VALUES], parts[Role.SCALES].float(), parts.get(Role.ZEROS)
+    match matrix.packing:
+        case Packing.AWQ:
+            q, z = _along(words, 1, 4, _AWQ_NIBBLE).T, _along(parts[Role.ZEROS], 1, 4, _AWQ_NIBBLE).T
+            scales = scales.T
+        case Packing.GPTQ:
+            # Version 1 subtracted one from every zero with a borrow across the word.
+            lifted = parts[Role.ZEROS].long() % (1 << 32)
+            if stated.zeros_are_one_less:
+                lifted = (lifted + (0x11111111 if bits == 4 else 0x01010101)) % (1 << 32)
+            q, z, scales = _along(words, 0, bits).T, _along(lifted, 1, bits).T, scales.T
+        case _:
+            q = _along(words, 1, bits)
+            z = torch.full_like(scales, half) if zeros is None else _along(zeros, 0, bits)[:rows]
+    order = parts.get(Role.ORDER)
+    if order is None or bool((order < 0).all()):
+        order = torch.arange(columns) // (columns // scales.shape[1])
+    group = order.long()
+    return (q - z[:, group]).float() * scales[:, group]
+
+
+def _along(words: torch.Tensor, axis: int, bits: int, places: tuple[int, ...] = tuple(range(8))) -> torch.Tensor:
+    """Each word as the integers that it holds, in its place along the axis."""
+    per_word, wide = 32 // bits, words.long() % (1 << 32)
+    parts = [(wide >> (bits * place)) % (1 << bits) for place in places[:per_word]]
+    return torch.stack(parts, dim=axis + 1).flatten(axis, axis + 1)
