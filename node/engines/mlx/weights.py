@@ -19,7 +19,7 @@ from mlx_lm.utils import infer_quant_config
 from cluster.errors import ModelError
 from cluster.models.checkpoint import Checkpoint, StoredTensor
 from cluster.models.families import family_of
-from cluster.models.formats import Packing, read_quantization
+from cluster.models.formats import MLX_MODES, Packing, read_quantization
 from cluster.models.integer_shapes import INTEGER_PACKINGS
 from cluster.models.layout import Layer, Part, canonical_name, owned_tensors, part_of, within_layer
 from cluster.models.matrices import read_matrices
@@ -68,7 +68,8 @@ def load_slice(
     integers = stated if stated is not None and stated.kind in INTEGER_PACKINGS else None
     lazy, doubts = _lazy_tensors(checkpoint.folder, owned), list[Doubt]()
     matrices = read_matrices(owned, stated, where).values()
-    if unread := [matrix.name for matrix in matrices if Backend.MLX not in matrix.readers]:
+    packed_by_mlx = (matrix for matrix in matrices if matrix.packing in MLX_MODES)
+    if unread := [matrix.name for matrix in packed_by_mlx if Backend.MLX not in matrix.readers]:
         raise ModelError(f"{where}: MLX does not compute {unread[0]!r} exactly as it is packed; use torch nodes")
     if integers is not None:
         lazy, doubts = in_affine_form(lazy, matrices, integers, dtype)
