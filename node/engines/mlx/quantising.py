@@ -2,7 +2,7 @@
 
 A packed matrix is three arrays, and mlx-lm's models stack, split and rename only one: so until they have done that,
 a row of it is one run of bytes, its codes, scales and biases one after another. All of it is lazy; reading a tensor
-packs it, so that of a stack of experts only a few exist in full at a time.
+packs it, and MLX evaluates at most some twenty pieces at once, so no more of a stack of experts exist in full.
 """
 
 from __future__ import annotations

@@ -35,7 +35,6 @@ from node.engines.mlx.quantising import pack_rows, unpack_rows
 from node.engines.mlx.repack import Doubt
 from node.engines.mlx.slicing import SlicedModel, build_model
 from node.engines.mlx.tensors import MLX_DTYPES
-from node.heap import Heap
 
 _CODES = {DType.U32, DType.U8, DType.I32, DType.I64, DType.F8_E4M3}
 _READABLE = frozenset({DType.F32, DType.F16, DType.BF16, *_CODES})
@@ -228,7 +227,7 @@ def _read(
     model: nn.Module, weights: dict[str, mx.array], total_bytes: int, progress: Progress, arriving: _Arriving
 ) -> None:
     """Read tensor by tensor: a stack of experts is there twice only while that one stack is made."""
-    done_bytes, heap = 0, Heap()
+    done_bytes = 0
     progress(LoadProgress(0, total_bytes))
     for name in sorted(weights, key=arriving.place):
         array = weights.pop(name)
@@ -238,6 +237,5 @@ def _read(
         except (RuntimeError, OSError) as error:
             raise ModelError(f"{name} cannot be read ({error}); download the model again") from error
         model.load_weights([(name, array)], strict=False)
-        heap.made(array.nbytes)
         done_bytes += array.nbytes
         progress(LoadProgress(min(done_bytes, total_bytes), total_bytes))

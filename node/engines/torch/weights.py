@@ -29,7 +29,6 @@ from node.engines.torch.places import Place, find_places
 from node.engines.torch.quantising import Packer
 from node.engines.torch.slicing import SlicedModel, stored_tensors
 from node.engines.torch.tensors import STORED_DTYPES, bytes_of
-from node.heap import Heap
 
 _READ_BYTES = 8 * MIB
 """One read, one progress report; also the size of the buffer on the way to another device or type."""
@@ -62,12 +61,10 @@ def load_weights(
     _widen(sliced, plain)
     _materialise(sliced.model, device)
     parameters = dict(stored_tensors(sliced.model))
-    heap = Heap()
     jobs: list[Place | Slot] = [*plain, *slots]
     for place in sorted(jobs, key=_begins):  # as they arrive
         if isinstance(place, Slot):
             place.fill(sliced, quantization, read)
-            heap.made(sum(tensor.size_bytes for each in place.places for tensor in each.matrix.used))
             continue
         parameter = parameters[place.parameter]
         reader.fill(place.view(parameter), place.matrix.values)
