@@ -25,7 +25,7 @@ from tests.oracle.pipelines import load_pipeline, stage_specs
 BOTH = (*FAMILIES, *MORE_FAMILIES, *STATE_FAMILIES)
 
 
-@pytest.mark.parametrize("bits", [None, 4, 6])
+@pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize(("family", "backend"), [(family, backend) for backend in Backend for family in BOTH])
 def test_a_stage_takes_what_its_facts_say(
     family: str, backend: Backend, bits: int | None, checkpoint: Callable[[str], Path]
