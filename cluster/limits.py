@@ -44,6 +44,10 @@ a state): a chat and something small beside it. More of them would be promised m
 SEQUENCES_MAX: Final = 256
 """Live sequences in a deployment, bounding the nodes' bookkeeping."""
 
+MLX_FREED_BYTES_MAX: Final = 256 * MIB
+"""What MLX may keep of freed buffers on an Apple GPU, where allocating is slow. A step's activations fit; its default,
+all memory that there is, would break the promise of a memory budget. Nodes keep as much back."""
+
 # -- Weights ---------------------------------------------------------------------------------------------
 
 WEIGHT_CHUNK_BYTES: Final = 1 * MIB

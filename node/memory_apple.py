@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from cluster.errors import UsageError
+from cluster.limits import MLX_FREED_BYTES_MAX
 from cluster.nodes import MemoryReport, Pressure
 from cluster.quantities import GIB, MIB, format_bytes
 from cluster.types import Backend
@@ -36,6 +37,7 @@ class AppleFacts:
     wired_limit_bytes: int  # iogpu.wired_limit_mb as set by the owner; 0 when not set
     someone_at_screen: bool
     pressure_level: int
+    freed_bytes: int = 0  # what the engine may keep of buffers that it has freed
 
 
 def apple_report(
@@ -52,7 +54,7 @@ def apple_report(
     else:
         reserve = int(facts.total_bytes * reserve_fraction)
         kept = f"{percent(reserve_fraction)} kept back by --reserve"
-    budget = min(limit, facts.total_bytes) - reserve
+    budget = min(limit, facts.total_bytes) - reserve - facts.freed_bytes
     return finish(
         total_bytes=facts.total_bytes,
         reserve_bytes=facts.total_bytes - budget,
@@ -77,6 +79,7 @@ def read_apple(backend: Backend) -> AppleFacts:
         wired_limit_bytes=(_sysctl("iogpu.wired_limit_mb") or 0) * MIB,
         someone_at_screen=_someone_at_screen(),
         pressure_level=_sysctl("kern.memorystatus_vm_pressure_level") or 1,
+        freed_bytes=MLX_FREED_BYTES_MAX if backend is Backend.MLX else 0,
     )
 
 

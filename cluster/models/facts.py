@@ -64,6 +64,10 @@ class ModelFacts:
     bits: int | None = None  # what nodes pack it in while they load it; None: it stays as it is stored
     inputs_bytes: int = 0  # what makes layers' own inputs: resident with the first layer
     inputs_streamed_bytes: int = 0  # of these, what is no lookup
+    heads: int = 0  # of queries
+    experts_used: int = 0  # for each token; 0 without experts
+    extra_copies: int = 0  # of the MLP's inner state, which the family's layers hold at once beyond the usual ones
+    whole_scores: bool = False  # MLX writes the scores of a whole chunk
     scores_heads: int = 0  # heads whose scores are written to memory: soft-caps and sinks; 0 where attention is fused
 
     @property
@@ -136,6 +140,10 @@ def read_facts(checkpoint: Checkpoint, bits: int | None = None) -> ModelFacts:
         boundary=_boundary(shape, dtype),
         inputs_bytes=most_bytes_of(parts.inputs, backends, dtype),
         inputs_streamed_bytes=parts.inputs_streamed_bytes,
+        heads=shape.heads,
+        experts_used=shape.experts_used,
+        extra_copies=family.extra_copies,
+        whole_scores=family.whole_scores,
         scores_heads=shape.heads if family.writes_scores else 0,
     )
 

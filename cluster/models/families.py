@@ -49,6 +49,7 @@ _FAMILIES = {
             _NORMS + _QK_NORMS + _AROUND_MLP_NORMS,
             head_dim=256,
             windows=Windows(4096, seeing_all=6, seeing_all_setting="sliding_window_pattern"),
+            extra_copies=1,
             refused=_GEMMA3_REFUSED,
             defaults=_GEMMA3_DEFAULTS,
         ),
@@ -59,7 +60,7 @@ _FAMILIES = {
         Family("qwen2", "Qwen2", _BOTH, _NORMS),
         Family("olmo2", "OLMo 2", _BOTH, _AFTER_NORMS + _QK_NORMS),
         Family("olmo3", "OLMo 3", _BOTH, _AFTER_NORMS + _QK_NORMS, windows=Windows(4096, seeing_all=4)),
-        # Queries, keys and values are one matrix, gate and up another.
+        # Queries, keys and values are one matrix, gate and up another; both halves live as long as the whole.
         Family(
             "phi3",
             "Phi-3",
@@ -68,6 +69,7 @@ _FAMILIES = {
             attention=Attention.FUSED,
             dense_mlp=("mlp.gate_up_proj.weight", "mlp.down_proj.weight"),
             windows=Windows(),
+            extra_copies=1,
         ),
         # Norms before and behind attention and MLP.
         Family(
@@ -85,7 +87,9 @@ _FAMILIES = {
             _NORMS + _AROUND_MLP_NORMS,
             head_dim=256,
             windows=Windows(4096, seeing_all=2),
+            extra_copies=1,
             writes_scores=True,
+            whole_scores=True,
             refused=("use_bidirectional_attention",),
         ),
         # Every layer has experts, as wide as `intermediate_size`, and a sink for each head.
@@ -99,6 +103,7 @@ _FAMILIES = {
             expert_width="intermediate_size",
             head_dim=64,
             windows=Windows(128, seeing_all=2),
+            extra_copies=5,
             writes_scores=True,
         ),
         # The first layers are dense. Behind the last one lies a layer that predicts a token further.
@@ -109,6 +114,7 @@ _FAMILIES = {
             (*_NORMS, "self_attn.kv_a_layernorm.weight"),
             attention=Attention.LATENT,
             router="mlp.gate.weight",
+            whole_scores=True,
             extra_layers="num_nextn_predict_layers",
         ),
         # The small ones also have an input to each layer that follows from the token, as wide as the libraries take
@@ -124,6 +130,7 @@ _FAMILIES = {
             experts_switch="enable_moe_block",
             head_dim=256,
             windows=Windows(512, seeing_all=6),
+            extra_copies=1,
             ends_seeing_all=True,
             shares_keys=True,
             input_width="hidden_size_per_layer_input",

@@ -79,6 +79,8 @@ class Family:
     shares_keys: bool = False  # the last `num_kv_shared_layers` layers attend to keys and values of earlier ones
     input_width: str | None = None  # the setting for how wide an input is that each layer has for itself
     input_tensors: tuple[str, ...] = ()  # of a layer that has one
+    whole_scores: bool = False  # mlx-lm's layers score a whole chunk at once, by themselves
+    extra_copies: int = 0  # of the MLP's inner state, held at once beyond what most families' layers hold
     extra_layers: str | None = None  # the setting for layers behind the last that serve training alone
     refused: tuple[str, ...] = ()  # settings that change the result and that no engine honours
     narrowed: Mapping[str, frozenset[Backend]] = field(default_factory=dict)  # settings that only some engines honour

@@ -1,21 +1,21 @@
 """What a stage costs: memory and streamed bytes of any range of layers.
 
 Owns: the one formula for memory, once for a single stage and once as tables over all ranges, which the search
-reads. Knows nothing of nodes.
+reads. What a step needs beside weights and cache is `activations`. Knows nothing of nodes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from cluster.limits import SEQUENCES_MAX, SEQUENCES_PER_USER, STEP_ROWS_MAX, STEP_TOKENS_MAX, UNPACKED_BYTES_MAX
+from cluster.limits import SEQUENCES_MAX, SEQUENCES_PER_USER, STEP_TOKENS_MAX
 from cluster.models.facts import LayerFacts, ModelFacts
+from cluster.placement.activations import activation_bytes
 from cluster.rewinding import SNAPSHOT_TOKENS, SNAPSHOTS_MAX
 from cluster.types import Backend, LayerRange
 
@@ -24,12 +24,6 @@ Matrix = npt.NDArray[np.int64]
 
 NEVER: Final = 1 << 62
 _LARGEST: Final = 1 << 48  # of one layer; keeps sums far below NEVER however large a lying configuration is
-
-_ATTENTION_QUERIES: Final = 512
-"""Engines attend in blocks of so many queries, each with a mask as wide as the context."""
-
-_SCORES: Final = 1 << 23
-"""Where scores are written to memory, blocks are as large as this many elements allow, and one query at least."""
 
 KV_AHEAD: Final = 8
 """They let a sequence's cache grow ahead of its tokens, by one part in so many."""
@@ -59,7 +53,8 @@ def stage_cost(facts: ModelFacts, layers: LayerRange, backend: Backend, *, conte
     streamed_bytes += facts.norm_bytes + facts.head_bytes if is_last else 0
     streamed_bytes += facts.inputs_streamed_bytes if is_first else 0
     kv_bytes = sum(min(_kept_bytes(layer, context, users), _LARGEST) for layer in owned)
-    workspace_bytes = activation_bytes(facts, is_last, context=context, users=users) + kv_bytes // KV_AHEAD
+    workspace_bytes = min(activation_bytes(facts, backend, is_last, context=context, users=users), _LARGEST)
+    workspace_bytes += kv_bytes // KV_AHEAD
     workspace_bytes += sum(min(_made_bytes(layer, context, users), _LARGEST) for layer in owned)
     return StageCost(weight_bytes, kv_bytes, workspace_bytes, streamed_bytes)
 
@@ -107,28 +102,6 @@ def _ends_bytes(facts: ModelFacts, is_first: bool, is_last: bool) -> int:
     return total
 
 
-def activation_bytes(facts: ModelFacts, is_last: bool, *, context: int, users: int) -> int:
-    """Memory that the largest step needs beside weights and cache. What the process itself takes (the interpreter,
-    the libraries, a CUDA context) is not in it: nodes leave that out of their budgets.
-
-    Live at once for each token of a step: the residual stream, its copies and the frame that goes out (6 x hidden),
-    what else a boundary carries (8 x: 7.3 were measured where it is made, up to 5.2 behind that), queries, keys and
-    values before and after rotation (2 x), the MLP's gate, up and product (3 x). No step has more new tokens than the
-    cache has room for. Then a block of attention's mask in float32, where scores are written three copies of a block
-    of them, and where tokens are drawn the rows' logits and the sampler's copy, all in float32. And a part of a packed
-    matrix in full precision.
-    """
-    tokens = min(STEP_TOKENS_MAX, context * users)
-    beside = sum(prod(tensor.shape) for tensor in facts.boundary[1:])
-    width = 6 * facts.hidden_size + 8 * beside + 2 * facts.attention_width + 3 * facts.mlp_width
-    mask = 4 * min(_ATTENTION_QUERIES, context) * context
-    block = facts.scores_heads * min(_ATTENTION_QUERIES, context) * context
-    scores = 3 * 4 * min(block, max(_SCORES, facts.scores_heads * context))
-    logits = 2 * 4 * min(STEP_ROWS_MAX, tokens) * facts.vocab_size if is_last else 0
-    unpacked = UNPACKED_BYTES_MAX if facts.quantization else 0
-    return min(tokens * width * facts.dtype.size_bytes + mask + scores + logits + unpacked, _LARGEST)
-
-
 class CostTable:
     """Memory and streamed bytes of every range between two cuts, for one promise."""
 
@@ -142,10 +115,14 @@ class CostTable:
         """The most stages that the model can have."""
         return len(self.cuts) - 1
 
-    @property
+    @cached_property
     def stage_base_bytes(self) -> int:
-        """What each stage needs however few layers it has."""
-        return activation_bytes(self.facts, False, context=self.context, users=self.users)
+        """What each stage needs at least, however few layers it has and whatever computes it."""
+        return min(self._base_bytes(backend, False) for backend in Backend)
+
+    def _base_bytes(self, backend: Backend, is_last: bool) -> int:
+        found = activation_bytes(self.facts, backend, is_last, context=self.context, users=self.users)
+        return min(found, _LARGEST)
 
     def range_of(self, begin: int, end: int) -> LayerRange:
         """The layers between two cuts, given by their indexes."""
@@ -162,10 +139,8 @@ class CostTable:
             )
             kv = self._spans([_kept_bytes(layer, self.context, self.users) for layer in self.facts.layers])
             made = self._spans([_made_bytes(layer, self.context, self.users) for layer in self.facts.layers])
-            total = weights + kv + kv // KV_AHEAD + made + self.stage_base_bytes
-            total[:, -1] += (
-                activation_bytes(self.facts, True, context=self.context, users=self.users) - self.stage_base_bytes
-            )
+            total = weights + kv + kv // KV_AHEAD + made + self._base_bytes(backend, False)
+            total[:, -1] += self._base_bytes(backend, True) - self._base_bytes(backend, False)
             self._memory[backend] = self._ranges_only(total)
         return self._memory[backend]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,11 @@ def test_a_small_mac_with_someone_at_the_screen_gives_nothing_and_says_why() -> 
     report = apple_report(_apple(8, 5.3, person=True), used_bytes=0, cap_bytes=None, reserve_fraction=None)
     assert report.budget_bytes == 0
     assert "6.0 GiB kept for the person at the machine (--reserve changes it)" in report.explained
+
+
+def test_what_mlx_may_keep_of_freed_buffers_is_not_offered() -> None:
+    keeping = replace(_apple(64, 48), freed_bytes=256 * MIB)
+    assert _apple_budget(keeping, reserve=0.0) == 48 * GIB - 256 * MIB
 
 
 def test_an_explicit_reserve_is_taken_at_its_word() -> None:

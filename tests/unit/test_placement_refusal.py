@@ -22,8 +22,8 @@ from cluster.types import Backend, DType, Format, LayerRange, NodeId
 from tests.clusters import model, node, random_model, random_nodes, with_memory
 
 EQUAL = model([1000] * 6, kv=0)
-BASE = stage_cost(EQUAL, LayerRange(0, 1), Backend.MLX, context=8, users=1).memory_bytes - 1000
-LAST = stage_cost(EQUAL, LayerRange(5, 6), Backend.MLX, context=8, users=1).memory_bytes - 1000
+BASE = stage_cost(EQUAL, LayerRange(0, 1), Backend.TORCH, context=8, users=1).memory_bytes - 1000
+LAST = stage_cost(EQUAL, LayerRange(5, 6), Backend.TORCH, context=8, users=1).memory_bytes - 1000
 
 
 def shortage_of(facts: ModelFacts, nodes: list[NodeFacts], ask: Ask) -> Shortage:

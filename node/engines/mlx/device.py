@@ -12,11 +12,8 @@ from contextlib import contextmanager
 import mlx.core as mx
 
 from cluster.errors import UsageError
-from cluster.quantities import MIB
-
-_FREED_BYTES_MAX = 256 * MIB
-"""What MLX may keep of freed buffers for reuse. A step's activations fit; its default, all memory that there is,
-would break the promise of a memory budget."""
+from cluster.limits import MLX_FREED_BYTES_MAX
+from node.host_allocator import give_back_when_freed
 
 
 def open_device(name: str) -> mx.Device:
@@ -25,6 +22,9 @@ def open_device(name: str) -> mx.Device:
         # On the CPU MLX fuses functions by calling a C++ compiler at run time and loading the result from a
         # folder in /tmp. Not every machine has one, and nobody else should be able to put code there.
         mx.disable_compile()
+        # Nothing is gained by keeping buffers that the system hands out as quickly, and they would count.
+        mx.set_cache_limit(0)
+        give_back_when_freed()
         return mx.Device(mx.cpu)
     if name != "metal":
         raise UsageError(f"expected an MLX device, cpu or metal, found {name!r}")
@@ -32,7 +32,7 @@ def open_device(name: str) -> mx.Device:
         raise UsageError("device metal does not exist: MLX finds no Apple GPU here; run `potluck doctor`")
     device = mx.Device(mx.gpu)
     _wire(device)
-    mx.set_cache_limit(_FREED_BYTES_MAX)
+    mx.set_cache_limit(MLX_FREED_BYTES_MAX)
     return device
 
 

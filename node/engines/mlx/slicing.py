@@ -22,6 +22,7 @@ from cluster.errors import ModelError
 from cluster.rewinding import Rewind, rewind_of
 from cluster.types import LayerRange
 from node.engines.mlx.arguments import Arguments
+from node.engines.mlx.attention import attend_in_blocks
 from node.engines.mlx.chunked import ChunkedAttention, Front
 from node.engines.mlx.family import Windows
 from node.engines.mlx.ports import Ports, cut_inputs
@@ -187,6 +188,7 @@ def build_model(arguments: Arguments) -> Any:
         model = model_class(arguments_class(**arguments.fields))
     except (TypeError, ValueError, ArithmeticError, LookupError) as error:
         raise ModelError(f"mlx-lm cannot build a {arguments.module} model from config.json: {error}") from error
+    attend_in_blocks(model)
     if arguments.rotation.periods is not None:
         for part in model.modules():
             if type(part) is YarnRoPE:

@@ -25,6 +25,7 @@ from node.engines.torch.kv import KvCache
 from node.engines.torch.slicing import Passing, SlicedModel, build_slice
 from node.engines.torch.tensors import TORCH_DTYPES, check_inputs, device_from, from_host, to_host
 from node.engines.torch.weights import load_weights
+from node.host_allocator import give_back_when_freed
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,8 @@ class TorchEngine:
     def load(self, spec: StageSpec, progress: Progress) -> None:
         assert self._stage is None, "an engine is loaded once"
         device = device_from(spec.device)
+        if device.type == "cpu":
+            give_back_when_freed()
         if spec.threads is not None:
             torch.set_num_threads(spec.threads)
         checkpoint = open_checkpoint(spec.folder)
