@@ -68,9 +68,15 @@ def _cell(kind: str, row: Iterable[Shown], family: Family) -> str:
     if not entries:
         return "–"
     counts = sorted({len(_engines(entry)) for entry in entries})
-    stages = "1 stage" if counts == [1] else f"{' or '.join(map(str, counts))} stages"
+    stages = "1 stage" if counts == [1] else f"{_runs(counts)} stages"
     judges = sorted({(float(str(entry["tolerance"])), str(entry["judge"])) for entry in entries})
     return f"{stages}; {', '.join(f'{tolerance:g} {judge}' for tolerance, judge in judges)}"
+
+
+def _runs(counts: Sequence[int]) -> str:
+    """`2`, `1 or 3`, `1–3`."""
+    in_a_row = len(counts) > 1 and list(counts) == list(range(counts[0], counts[-1] + 1))
+    return f"{counts[0]}–{counts[-1]}" if in_a_row else " or ".join(map(str, counts))
 
 
 def _engines(entry: Shown) -> Sequence[str]:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+import pytest
 
 from cluster.models.families import known_families
+from cluster.models.family import Family
 from cluster.types import Backend
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,6 +26,8 @@ def _load() -> ModuleType:
 
 
 page = _load()
+
+ALL_SHOWN: list[dict[str, Any]] = json.loads((ROOT / "docs" / "models.json").read_text())
 
 
 def shown(family: str, *engines: str, tolerance: float = 5e-4, **fields: str) -> dict[str, object]:
@@ -39,7 +46,7 @@ def test_a_cell_tells_stages_tolerance_and_judge() -> None:
     assert cells == [
         "Llama (`llama`)",
         "full precision",
-        "1 or 2 stages; 0.0005 transformers",
+        "1–2 stages; 0.0005 transformers",
         "–",
         "3 stages; 0.0005 transformers",
     ]
@@ -56,3 +63,27 @@ def test_every_family_has_a_row_and_what_nobody_showed_is_a_dash_or_a_refusal() 
 def test_packed_formats_and_narrower_types_follow_in_rows_of_their_own() -> None:
     entries = [shown("llama", "mlx", format="AWQ"), shown("llama", "mlx"), shown("llama", "mlx", dtype="bfloat16")]
     assert [cells[1] for cells in rows(*entries)[:3]] == ["full precision", "full precision, in bfloat16", "AWQ"]
+
+
+def test_the_page_follows_from_what_was_shown() -> None:
+    assert (ROOT / "docs" / "models.md").read_text() == page.render(ALL_SHOWN, known_families()), "run `make docs`"
+
+
+@pytest.mark.parametrize("family", known_families(), ids=lambda family: family.model_type)
+def test_every_family_is_shown_in_full_precision_on_each_of_its_engines_and_mixed(family: Family) -> None:
+    """Where it fails: CONTRIBUTING.md says how to add what a new family's tests show."""
+    kinds = {
+        frozenset(entry["engines"])
+        for entry in ALL_SHOWN
+        if entry["family"] == family.model_type and entry["format"] == page.FULL_PRECISION
+    }
+    alone = {frozenset({engine.value}) for engine in family.engines}
+    assert kinds >= alone | {frozenset(engine.value for engine in family.engines)}
+
+
+@pytest.mark.parametrize(
+    "method", ["MLX affine", "AWQ", "GPTQ", "FP8", "compressed-tensors", "mxfp4 as", "GGUF", "4-bit, made"]
+)
+def test_every_kind_of_format_is_shown_on_both_engines_and_mixed(method: str) -> None:
+    kinds = {frozenset(entry["engines"]) for entry in ALL_SHOWN if entry["format"].startswith(method)}
+    assert kinds >= {frozenset({"torch"}), frozenset({"mlx"}), frozenset({"torch", "mlx"})}
