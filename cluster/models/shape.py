@@ -15,7 +15,7 @@ from cluster.models.family import Attention, Family
 from cluster.models.layout import sharing_layers
 
 _NUMBER_MAX = 1 << 31  # no width or context of a model comes near
-_LAYERS_MAX = 1 << 12  # the deepest models have some 200 layers
+LAYERS_MAX = (1 << 12) - 1  # the deepest models have some 200 layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ def read_shape(family: Family, config: Mapping[str, object], where: str) -> Shap
         input_width = number(setting)
     context_tokens = number("max_position_embeddings")
     return Shape(
-        layer_count=number("num_hidden_layers", below=_LAYERS_MAX),
+        layer_count=number("num_hidden_layers", below=LAYERS_MAX + 1),
         hidden_size=hidden_size,
         vocab_size=number("vocab_size"),
         context_tokens=min(context_tokens, short_context(config) or context_tokens),

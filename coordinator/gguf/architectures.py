@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from cluster.errors import ModelError
+from cluster.models.shape import LAYERS_MAX
 from cluster.types import DType
 from coordinator.gguf.rotation import longrope, scaling
 from coordinator.gguf.source import GgufFiles
@@ -98,8 +99,8 @@ def architecture_of(files: GgufFiles) -> Architecture:
 def _settings(files: GgufFiles, name: str, model_type: str, class_name: str, whole: bool = True) -> Config:
     """What every configuration has. `whole`: all dimensions of a head are rotated."""
     facts = files.facts
-    hidden, heads = facts.integer(f"{name}.embedding_length"), facts.same(f"{name}.attention.head_count")
-    head_dim = facts.integer(f"{name}.attention.key_length", hidden // max(1, heads))
+    hidden, heads = facts.integer(f"{name}.embedding_length"), facts.same(f"{name}.attention.head_count", least=1)
+    head_dim = facts.integer(f"{name}.attention.key_length", hidden // heads, least=1)
     for key in ("attention.value_length", *(("rope.dimension_count",) if whole else ())):
         if (found := facts.integer(f"{name}.{key}", head_dim)) != head_dim:
             raise ModelError(f"{facts.where}: {name}.{key} is {found}; Potluck converts only {head_dim}, a whole head")
@@ -110,9 +111,10 @@ def _settings(files: GgufFiles, name: str, model_type: str, class_name: str, who
         "architectures": [class_name],
         "model_type": model_type,
         "hidden_size": hidden,
-        "num_hidden_layers": facts.integer(f"{name}.block_count"),
+        # Lists with an item for each layer are made of it, so the check that every model passes would come too late.
+        "num_hidden_layers": facts.integer(f"{name}.block_count", least=1, most=LAYERS_MAX),
         "num_attention_heads": heads,
-        "num_key_value_heads": facts.same(f"{name}.attention.head_count_kv", heads),
+        "num_key_value_heads": facts.same(f"{name}.attention.head_count_kv", heads, least=1),
         "head_dim": head_dim,
         "max_position_embeddings": facts.integer(f"{name}.context_length"),
         "rms_norm_eps": facts.number(f"{name}.attention.layer_norm_rms_epsilon"),

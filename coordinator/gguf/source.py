@@ -52,30 +52,28 @@ class Metadata:
     where: str
     _read: set[str] = field(default_factory=set)
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        found = self._get(key, default)
-        # bool is an int to Python and must not pass for one.
-        if type(found) is not int or found < 0:
-            raise self._expected(key, "a whole number from 0", found)
-        return found
+    def integer(self, key: str, default: int | None = None, *, least: int = 0, most: int | None = None) -> int:
+        return self._whole(key, self._get(key, default), least, most)
 
-    def same(self, key: str, default: int | None = None) -> int:
+    def same(self, key: str, default: int | None = None, *, least: int = 0) -> int:
         """A number that may also be a list with one for each layer, all alike."""
         found = self._get(key, default)
         if isinstance(found, tuple):
             if len(set(found)) != 1:
                 raise self._expected(key, "the same number for all layers, which Potluck needs", found)
             found = found[0]
-        if type(found) is not int or found < 0:
-            raise self._expected(key, "a whole number from 0", found)
-        return found
+        return self._whole(key, found, least, None)
 
     def number(self, key: str, default: float | None = None) -> float:
         """A number as people write it: files hold float32, in which 1e-6 has many digits more."""
         found = self._get(key, default)
-        if isinstance(found, bool) or not isinstance(found, int | float) or not abs(found) < float("inf"):
+        if isinstance(found, bool) or not isinstance(found, int | float):
             raise self._expected(key, "a number", found)
-        return float(str(np.float32(found)))
+        with np.errstate(over="ignore"):  # the next line asks
+            single = np.float32(found)
+        if not np.isfinite(single):
+            raise self._expected(key, "a number that float32 can hold", found)
+        return float(str(single))
 
     def text(self, key: str, default: str | None = None) -> str:
         found = self._get(key, default)
@@ -101,6 +99,12 @@ class Metadata:
             raise self._expected(key, "a list of numbers", found)
         return tuple(float(item) for item in found)
 
+    def integers(self, key: str) -> tuple[int, ...]:
+        found = self._get(key, None)
+        if not isinstance(found, tuple) or not all(type(item) is int for item in found):
+            raise self._expected(key, "a list of whole numbers", found)
+        return tuple(int(item) for item in found)
+
     def __contains__(self, key: str) -> bool:
         return key in self.values
 
@@ -123,6 +127,13 @@ class Metadata:
         found = self.values.get(key, default)
         if found is None:
             raise ModelError(f"{self.where}: expected {key} in its metadata, found none; convert the model again")
+        return found
+
+    def _whole(self, key: str, found: Value, least: int, most: int | None) -> int:
+        # bool is an int to Python and must not pass for one.
+        if type(found) is not int or found < least or (most is not None and found > most):
+            end = "" if most is None else f" to {most}"
+            raise self._expected(key, f"a whole number from {least}{end}", found)
         return found
 
     def _expected(self, key: str, what: str, found: Value) -> ModelError:

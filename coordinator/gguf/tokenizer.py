@@ -132,16 +132,16 @@ def _vocabulary(facts: Metadata) -> Vocabulary:
         raise ModelError(f"{facts.where}: expected tokens that differ, found some twice or none; download it again")
     if max(map(len, tokens)) > _TOKEN_CHARS_MAX:
         raise ModelError(f"{facts.where}: a token has more than {_TOKEN_CHARS_MAX} characters; is this the right file?")
-    kinds: tuple[float, ...] = (_NORMAL,) * len(tokens)
+    kinds: tuple[int, ...] = (_NORMAL,) * len(tokens)
     if "tokenizer.ggml.token_type" in facts:
-        kinds = facts.numbers("tokenizer.ggml.token_type")
+        kinds = facts.integers("tokenizer.ggml.token_type")
     scores: tuple[float, ...] = (0.0,) * len(tokens)
     if "tokenizer.ggml.scores" in facts:
         scores = facts.numbers("tokenizer.ggml.scores")
     if not len(tokens) == len(kinds) == len(scores):
         raise ModelError(f"{facts.where}: has {len(tokens)} tokens, {len(kinds)} kinds and {len(scores)} scores")
     merges = facts.texts("tokenizer.ggml.merges", ())
-    return Vocabulary(tokens, tuple(int(kind) for kind in kinds), scores, merges)
+    return Vocabulary(tokens, kinds, scores, merges)
 
 
 def _special(facts: Metadata, vocabulary: Vocabulary) -> _Special:

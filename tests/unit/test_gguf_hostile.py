@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from cluster.errors import ModelError
 from cluster.models.facts import read_facts
 from cluster.models.gguf_header import GgufTensor, Value
 from cluster.models.gguf_types import GgmlType
+from coordinator.gguf import architectures
 from coordinator.gguf.layout import lay_out
 from coordinator.gguf.source import GgufFiles, Metadata
 from coordinator.gguf.tokenizer import tokenizer_files
@@ -23,7 +25,9 @@ PLACES = {
     name: (Path("x.gguf"), GgufTensor(name, GgmlType[kind], shape, 0, 0))
     for name, (kind, shape, _) in paper_tensors().items()
 }
-ODD = (0, 1, 2, 3, 7, 255, 1 << 31, 1 << 62, -1, True, False, 0.0, -1.0, 1e-30, 1e30, float("nan"), float("inf"))
+ODD = (0, 1, 2, 3, 7, 255, 1 << 31, 1 << 62, -1, True, False, 0.0, -1.0, 1e-30, 1e30, 1e308, float("nan"), float("inf"))
+
+KINDS = architectures._kinds
 
 VECTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 ODD_FLOATS = (1.0, 8.0, 0.0, -1.0, 1e-30, float("nan"), float("inf"))
@@ -93,6 +97,46 @@ def test_odd_tokenizers_are_refused_or_made(data: st.DataObject) -> None:
         assert tokenizer_files(Metadata(metadata, "x.gguf"))["tokenizer.json"]
     except ModelError:
         return
+
+
+@pytest.mark.parametrize(
+    ("arch", "odd", "named"),
+    [
+        ("gemma3", {"block_count": (1 << 32) - 1}, "block_count to be a whole number from 1 to 4095, found 4294967295"),
+        ("gpt-oss", {"block_count": (1 << 32) - 1}, "block_count to be a whole number from 1 to 4095"),
+        ("gemma2", {"block_count": 46, "attention.head_count": 0}, "head_count to be a whole number from 1, found 0"),
+        ("gemma3", {"block_count": 62, "attention.head_count": 0}, "head_count to be a whole number from 1, found 0"),
+        (
+            "phi3",
+            {"attention.key_length": 0, "rope.dimension_count": 8},
+            "key_length to be a whole number from 1, found 0",
+        ),
+        ("llama", {"rope.freq_base": 1e308}, "rope.freq_base to be a number that float32 can hold"),
+    ],
+)
+def test_a_setting_that_nothing_can_be_made_of_is_refused_by_name(
+    arch: str, odd: Mapping[str, Value], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(architectures, "_kinds", counted_kinds)
+    metadata = of_architecture(arch) | {f"{arch}.attention.sliding_window": 4, f"{arch}.expert_count": 0}
+    metadata |= {f"{arch}.expert_feed_forward_length": 4, f"{arch}.expert_used_count": 0}
+    metadata |= {f"{arch}.{name}": value for name, value in odd.items()}
+    with pytest.raises(ModelError, match=re.escape(named)):
+        lay_out(Rotated("x", (Path("x.gguf"),), Metadata(metadata, "x.gguf"), PLACES, {}))
+
+
+def counted_kinds(pattern: object, silent: int, layers: int, where: str) -> list[str]:
+    """In place of a list that would take all memory of the machine that tests run on."""
+    assert layers < 1 << 12
+    return KINDS(pattern, silent, layers, where)
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), 1e308])
+def test_a_kind_of_token_that_is_no_whole_number_is_refused(odd: float) -> None:
+    metadata = of_architecture("llama")
+    metadata["tokenizer.ggml.token_type"] = (odd, *(1,) * 15)
+    with pytest.raises(ModelError, match="token_type to be a list of whole numbers"):
+        tokenizer_files(Metadata(metadata, "x.gguf"))
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2"])
