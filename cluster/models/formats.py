@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from cluster.errors import ModelError
-from cluster.models.integers import Integers, read_awq, read_gptq, read_pack_quantized
+from cluster.models.integers import Integers, read_awq, read_gptq, read_pack_quantized, refuse_more_than_weights
 from cluster.models.layout import canonical_name
 from cluster.types import Backend, Format
 
@@ -155,8 +155,13 @@ def _of_compressed_tensors(found: Mapping[str, object], where: str) -> Quantizat
     weights = settings[0].get("weights") if len(settings) == 1 and isinstance(settings[0], dict) else None
     if not isinstance(weights, dict):
         raise ModelError(f"{where}: expected one of config_groups with weights, found {groups!r:.80}")
+    refuse_more_than_weights(found, where)
     match found.get("format"):
         case "float-quantized" if weights.get("num_bits") == 8:
+            if (kind := weights.get("type", "float")) != "float":
+                raise _unread(f"float-quantized weights of type {kind}", where)
+            if (strategy := weights.get("strategy", "tensor")) not in ("tensor", "channel", "block"):
+                raise _unread(f"float-quantized weights with strategy {strategy}", where)
             block = weights.get("block_structure") if weights.get("strategy") == "block" else None
             return Quantization(Packing.FP8, 8, 0, block=_block(block, where))
         case other:
@@ -184,6 +189,6 @@ def _block(found: object, where: str) -> tuple[int, int] | None:
 
 def _unread(name: object, where: str) -> ModelError:
     return ModelError(
-        f"{where}: the weights are quantised as {name!r:.40}, which Potluck does not read; "
+        f"{where}: the weights are quantised as {name!r:.60}, which Potluck does not read; "
         "use the unquantised model or MLX's version of it"
     )

@@ -52,14 +52,19 @@ def read_gptq(found: Mapping[str, object], where: str) -> Integers:
     )
 
 
-def read_pack_quantized(found: Mapping[str, object], where: str) -> Integers:
-    """Weights alone are integers; an activation or a cache that is quantised as well would be computed otherwise."""
+def refuse_more_than_weights(found: Mapping[str, object], where: str) -> None:
+    """Of compressed-tensors' settings those that change more than how weights are stored."""
     for name in ("kv_cache_scheme", "transform_config"):
         if found.get(name):
             raise _refused(f"compressed-tensors with a {name}", "none", where)
     sparsity = found.get("sparsity_config")
     if sparsity and not (isinstance(sparsity, dict) and sparsity.get("format") == "dense"):
         raise _refused("compressed-tensors with a sparsity_config", "dense weights", where)
+
+
+def read_pack_quantized(found: Mapping[str, object], where: str) -> Integers:
+    """Weights alone are integers; an activation or a cache that is quantised as well would be computed otherwise."""
+    refuse_more_than_weights(found, where)
     groups = found.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         raise ModelError(f"{where}: expected config_groups in quantization_config, found {groups!r:.80}")

@@ -106,7 +106,12 @@ _BLOCKS = _Naming("_blocks", "", {"_scales": Role.SCALES})
 _EIGHT_BITS = _Naming(
     ".weight",
     ".weight",
-    {".weight_scale_inv": Role.SCALES, ".weight_scale": Role.SCALES, ".input_scale": Role.INPUTS},
+    {
+        ".weight_scale_inv": Role.SCALES,
+        ".weight_scale": Role.SCALES,
+        ".input_scale": Role.INPUTS,
+        ".activation_scale": Role.INPUTS,
+    },
 )
 _QWEIGHT = _Naming(".qweight", ".weight", {".scales": Role.SCALES, ".qzeros": Role.ZEROS, ".g_idx": Role.ORDER})
 _COMPRESSED = _Naming(
@@ -190,7 +195,9 @@ def _matrix(
     *rows, columns = values.shape
     scales = found[Role.SCALES]
     is_integers = naming in (_QWEIGHT, _COMPRESSED)  # whose scales are checked with them
-    if not is_integers and (0 in scales.shape or scales.dtype not in _FLOATING | {DType.U8}):
+    # A byte is an exponent in MLX's floats; beside eight-bit floats no publisher has said what it would be.
+    numbers = _FLOATING if naming is _EIGHT_BITS else _FLOATING | {DType.U8}
+    if not is_integers and (0 in scales.shape or scales.dtype not in numbers):
         raise ModelError(
             f"{where}: expected numbers that scale {values.name!r}, found {scales.dtype} of shape {list(scales.shape)}"
         )

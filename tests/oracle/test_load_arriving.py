@@ -24,6 +24,7 @@ from tests.integer_checkpoints import quantised_checkpoint
 from tests.integration.live import has_backend
 from tests.oracle.pipelines import Vector, close_pipeline, load_pipeline, run_prefill, stage_specs
 from tests.oracle.reference import random_prompt
+from tests.oracle.test_published_formats import eight_bits
 
 Checkpoints = Callable[[str], Path]
 
@@ -84,10 +85,23 @@ def test_packed_weights_that_arrive_during_the_load_compute_the_same(
     _assert_the_same(backend, convert(checkpoint(family), tmp_path / "packed", bits=4), tmp_path)
 
 
-@pytest.mark.skipif(not has_backend("mlx"), reason="the extra [mlx]")
-def test_weights_that_are_repacked_while_they_arrive_compute_the_same(checkpoint: Checkpoints, tmp_path: Path) -> None:
-    packed, _ = quantised_checkpoint(make_checkpoint("qwen3", tmp_path / "plain"), "awq")
-    _assert_the_same(Backend.MLX, packed, tmp_path)
+@pytest.mark.parametrize("backend", sorted({backend for backend, _ in _CASES}))
+@pytest.mark.parametrize("layout", ["awq", "gptq_act_order", "compressed"])
+def test_weights_that_are_repacked_while_they_arrive_compute_the_same(
+    backend: Backend, layout: str, tmp_path: Path
+) -> None:
+    """What no engine computes with, such as a matrix' shape in numbers, is a part of the stage all the same."""
+    packed, _ = quantised_checkpoint(make_checkpoint("qwen3", tmp_path / "plain"), layout)
+    _assert_the_same(backend, packed, tmp_path)
+
+
+@pytest.mark.parametrize("backend", sorted({backend for backend, _ in _CASES}))
+@pytest.mark.parametrize("kind", ["rows", "whole"])
+def test_eight_bit_floats_that_arrive_during_the_load_compute_the_same(
+    backend: Backend, kind: str, tmp_path: Path
+) -> None:
+    packed, _ = eight_bits(make_checkpoint("llama", tmp_path / "plain"), kind)
+    _assert_the_same(backend, packed, tmp_path)
 
 
 @pytest.mark.parametrize("backend", sorted({backend for backend, _ in _CASES}))

@@ -73,8 +73,9 @@ def eight_bits(folder: Path, kind: str) -> tuple[Path, Path]:
             continue
         packed[name], scales, unpacked[name] = scaled(tensor, kind)
         packed[f"{name}_scale_inv" if kind == "blocks" else f"{name}_scale"] = scales
-        if kind == "whole":
-            packed[name.replace(".weight", ".input_scale")] = torch.ones(1)
+        if kind != "blocks":  # of activations, which kernels of theirs round as well
+            ending = ".input_scale" if kind == "whole" else ".activation_scale"
+            packed[name.replace(".weight", ending)] = torch.ones(1)
     targets = folder.with_name("packed"), folder.with_name("unpacked")
     for target, tensors in zip(targets, (packed, unpacked), strict=True):
         target.mkdir()

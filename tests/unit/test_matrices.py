@@ -56,6 +56,10 @@ ROWS_8 = {
 }
 
 
+def eight_bits(**weights: object) -> dict[str, Any]:
+    return {**ROWS_8, "config_groups": {"group_0": {"weights": {"num_bits": 8, **weights}}}}
+
+
 @pytest.mark.parametrize(
     ("stored", "config", "packing", "width", "shape"),
     [
@@ -190,6 +194,15 @@ def test_an_override_of_a_wrapped_model_is_found_by_its_canonical_name() -> None
             method("compressed-tensors", **COMPRESSED),
             "stored twice, packed in two ways",
         ),
+        (
+            {f"{PATH}.weight": (F8, (64, 128)), f"{PATH}.weight_scale_inv": (U8, (1, 1))},
+            method("fp8", weight_block_size=[128, 128]),
+            "numbers that scale",
+        ),
+        ({}, method("compressed-tensors", **{**ROWS_8, "kv_cache_scheme": {"num_bits": 8}}), "kv_cache_scheme"),
+        ({}, method("compressed-tensors", **{**ROWS_8, "transform_config": {"a": 1}}), "transform_config"),
+        ({}, method("compressed-tensors", **eight_bits(type="int")), "of type int"),
+        ({}, method("compressed-tensors", **eight_bits(strategy="group")), "strategy group"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(stored: Stored, config: dict[str, Any], message: str) -> None:

@@ -19,6 +19,7 @@ from cluster.errors import ModelError
 from cluster.models.checkpoint import Checkpoint, StoredTensor
 from cluster.models.families import family_of
 from cluster.models.formats import Packing, read_quantization
+from cluster.models.integer_shapes import INTEGER_PACKINGS
 from cluster.models.matrices import read_matrices
 from cluster.models.quantising import bits_to_pack
 from cluster.quantities import MIB
@@ -47,6 +48,7 @@ def load_weights(
     quantization = read_quantization(checkpoint.config, where)
     matrices = read_matrices(tensors, quantization, where)
     used = [tensor for matrix in matrices.values() for tensor in matrix.used]
+    unused = [tensor.name for tensor in tensors if tensor not in used]
     reader = _Reader(spec, device, progress, sum(tensor.size_bytes for tensor in used))
     read, bits = reader.read, bits_to_pack(spec.bits, quantization, where)
     if bits is not None:
@@ -54,8 +56,8 @@ def load_weights(
         packer = Packer(matrices, family, bits, spec.boundary[0].dtype, device, reader.read, reader.fill)
         matrices, read = packer.packed, packer.read
     meta = dict(stored_tensors(sliced.model))
-    is_gptq = quantization is not None and quantization.kind is Packing.GPTQ
-    strays = take_out_biases(matrices, sliced.local_name, meta) if is_gptq else []
+    has_integers = quantization is not None and quantization.kind in INTEGER_PACKINGS
+    strays = take_out_biases(matrices, sliced.local_name, meta) if has_integers else []
     plain, packed = _apart(find_places(sliced, meta, matrices.values(), checkpoint))
     slots = [Slot.free(sliced.model, meta[name], name, places) for name, places in packed.items()]
     _widen(sliced, plain)
@@ -71,6 +73,7 @@ def load_weights(
         if place.less:
             parameter.sub_(place.less)
     confirm_zero(strays, reader.read)
+    spec.await_tensors(unused)  # nothing to compute with, and a stage is whole only with all that it owns
     return sum(tensor.nbytes for tensor in parameters.values()) + sum(item.nbytes for item in stand_ins(sliced.model))
 
 
