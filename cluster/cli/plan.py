@@ -176,7 +176,7 @@ def _show_pool(command: PlanCommand, console: Console, nodes: Sequence[NodeFacts
 def _verdict(fit: RoughFit) -> str:
     """A pool has nothing to offer where none of its nodes reads the format."""
     size = format_bytes(fit.needed_bytes)
-    if not fit.usable_bytes:
+    if not fit.readers:
         return f"{f'{size}, no node reads it':<27}"
     return f"{f'{size} fits' if fit.fits else f'{size}, too large':<27}"
 

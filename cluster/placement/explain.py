@@ -88,6 +88,7 @@ class RoughFit:
     bits: int
     needed_bytes: int
     usable_bytes: int
+    readers: int  # nodes that can hold weights of so many bits
 
     @property
     def fits(self) -> bool:
@@ -102,5 +103,9 @@ def rough_fits(nodes: Sequence[NodeFacts], *, context: int = 8192, users: int = 
         usable_bytes = max(0, pool.usable_bytes - _WORKSPACE_BYTES * len(pool.candidates))
         for billions, kv_bytes_per_token in _SIZES:
             weights = int(billions * 1_000_000_000 * stored_bits / 8)
-            rows.append(RoughFit(billions, bits, weights + kv_bytes_per_token * context * users, usable_bytes))
+            rows.append(
+                RoughFit(
+                    billions, bits, weights + kv_bytes_per_token * context * users, usable_bytes, len(pool.candidates)
+                )
+            )
     return tuple(sorted(rows, key=lambda row: (row.billions, -row.bits)))

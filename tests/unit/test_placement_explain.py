@@ -71,3 +71,9 @@ def test_rows_come_from_small_to_large() -> None:
         row.needed_bytes for row in rows if row.bits == 16
     )
     assert not any(row.fits for row in rows)
+
+
+def test_a_pool_that_is_too_small_is_not_said_to_read_nothing() -> None:
+    assert {row.readers for row in rough_fits([node("a", 100 << 20)])} == {1}
+    plain = rough_fits([node("a", 80 * GIB, formats=frozenset({Format(Packing.NONE)}))])
+    assert {row.bits: row.readers for row in plain} == {16: 1, 8: 0, 4: 0}
