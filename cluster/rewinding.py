@@ -84,12 +84,13 @@ class WaysBack(Generic[Held]):
         """How many of the first `asked` positions can be kept of the `length` that there are."""
         if asked >= length:
             return length
+        kept = max(0, asked)
+        if self._rule.every is not None:
+            kept = max((position for position in self._snapshots if position <= asked), default=0)
         window = self._rule.window
-        if window is not None and self._reach >= window_tokens_kept(window) and asked < self._reach - REWIND_TOKENS:
+        if window is not None and self._reach >= window_tokens_kept(window) and kept < self._reach - REWIND_TOKENS:
             return 0
-        if self._rule.every is None:
-            return max(0, asked)
-        return max((position for position in self._snapshots if position <= asked), default=0)
+        return kept
 
     def snapshot_at(self, position: int) -> Held | None:
         return self._snapshots.get(position)

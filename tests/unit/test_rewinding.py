@@ -47,6 +47,13 @@ def test_behind_a_window_the_last_positions_can_be_given_up() -> None:
     assert [ways.honoured(500, asked) for asked in (500, back, back - 1, 16, 0)] == [500, back, 0, 0, 0]
 
 
+def test_a_snapshot_from_before_the_window_is_no_way_back() -> None:
+    """Its state would be right, and the keys of the window's first positions gone."""
+    both = grown(Rewind(window=128, every=256), 256, 512, 768, 1000)
+    assert both.honoured(1000, 990) == 0
+    assert grown(Rewind(window=128, every=256), 256, 512, 768, 800).honoured(800, 790) == 768
+
+
 def test_what_has_not_been_forgotten_can_be_given_up() -> None:
     kept = window_tokens_kept(16)
     assert grown(Rewind(window=16), kept - 1).honoured(kept - 1, 1) == 1
