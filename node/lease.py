@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from cluster.errors import NodeRefused
 from cluster.limits import LEASE_TTL_S
 from cluster.types import CoordinatorId
+
+_ID = re.compile(r"[0-9a-f]{32}")
+"""It is shown on screens, so nothing else passes for one."""
 
 _SHOWN_CHARS = 12
 
@@ -29,6 +33,8 @@ class Lease:
 
     def granted(self, to: CoordinatorId, now_s: float) -> Lease:
         """The lease after `to` has asked for it or renewed it; NodeRefused while another holds it."""
+        if not _ID.fullmatch(to):
+            raise NodeRefused("expected a coordinator's id, 32 hex digits; found something else")
         current = self.holder_at(now_s)
         if current is not None and current != to:
             raise NodeRefused(

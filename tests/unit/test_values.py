@@ -12,7 +12,7 @@ from cluster.quantities import GIB, MIB, format_bytes, parse_fraction, parse_siz
 from cluster.types import Backend, CoordinatorId, DType, HostTensor, LayerRange, NodeId
 from node.lease import Lease
 
-A, B = CoordinatorId("a"), CoordinatorId("b")
+A, B = CoordinatorId("a" * 32), CoordinatorId("b" * 32)
 
 
 @pytest.mark.parametrize(
@@ -112,3 +112,9 @@ def test_a_released_node_is_free_at_once_and_only_its_holder_releases_it() -> No
     lease = Lease().granted(A, 0.0)
     assert lease.released(B) == lease
     assert lease.released(A).granted(B, 0.1).holder == B
+
+
+@pytest.mark.parametrize("stranger", ["", "a" * 31, "A" * 32, "\x1bc" + "a" * 30, "a" * 33])
+def test_only_what_can_be_shown_on_a_screen_passes_for_a_coordinator(stranger: str) -> None:
+    with pytest.raises(NodeRefused, match="32 hex digits"):
+        Lease().granted(CoordinatorId(stranger), 0.0)
