@@ -132,8 +132,9 @@ class _Bench:
 
 
 def _target(name: str, url: str) -> Target:
-    endpoint = Endpoint(url)
-    return Target(name, urlsplit(endpoint.url), endpoint.chat_model(), os.environ.get(_KEY_VARIABLE))
+    key = os.environ.get(_KEY_VARIABLE)
+    endpoint = Endpoint(url, key=key)
+    return Target(name, urlsplit(endpoint.url), endpoint.chat_model(), key)
 
 
 def _named(text: str) -> tuple[str, str]:

@@ -21,13 +21,14 @@ _TIMEOUT_S = FIRST_STEP_TIMEOUT_S + 60.0
 class Endpoint:
     """One OpenAI-compatible endpoint."""
 
-    def __init__(self, url: str, timeout_s: float = _TIMEOUT_S) -> None:
+    def __init__(self, url: str, timeout_s: float = _TIMEOUT_S, key: str | None = None) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UsageError(f"expected a URL such as http://127.0.0.1:8000, found {url!r}")
         self.url = url.rstrip("/").removesuffix("/v1")
         self._parts = urlsplit(self.url)
         self._timeout_s = timeout_s
+        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
     def get(self, path: str) -> Mapping[str, object]:
         """The JSON answer; what went wrong is raised in the endpoint's words."""
@@ -40,9 +41,11 @@ class Endpoint:
     def chat_model(self) -> str:
         """The model that is served."""
         data = self.get("/v1/models").get("data")
-        if not isinstance(data, list) or not data:
+        first = data[0] if isinstance(data, list) and data else None
+        name = first.get("id") if isinstance(first, dict) else None
+        if not isinstance(name, str):
             raise ClusterError(f"{self.url} serves no model yet; see `potluck status`")
-        return str(data[0]["id"])
+        return name
 
     def stream(self, path: str, body: Mapping[str, object]) -> Generator[Mapping[str, object], None, None]:
         """The events of a streamed answer; an error, at once or midway, is raised."""
@@ -63,7 +66,7 @@ class Endpoint:
         connection = kind(self._parts.hostname or "", self._parts.port, timeout=self._timeout_s)
         try:
             payload = None if body is None else json.dumps(body)
-            connection.request(method, self._parts.path + path, payload, {"Content-Type": "application/json"})
+            connection.request(method, self._parts.path + path, payload, self._headers)
             yield connection.getresponse()
         except TimeoutError as error:
             raise ClusterError(
@@ -71,7 +74,8 @@ class Endpoint:
             ) from error
         except (OSError, http.client.HTTPException) as error:
             raise ClusterError(
-                f"nothing answers at {self.url} ({error or type(error).__name__}); is `potluck serve` running there?"
+                f"nothing answers at {self.url} ({error or type(error).__name__}); is `potluck serve`, or whatever you "
+                "want to talk to, running there?"
             ) from error
         finally:
             connection.close()

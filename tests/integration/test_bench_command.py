@@ -28,6 +28,7 @@ class _Endpoint(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.knows_ignore_eos = True
         self.full = False
+        self.key = ""
         self.at_once = 0
         self.most_at_once = 0
         self.lock = threading.Lock()
@@ -40,12 +41,23 @@ class _Endpoint(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: _Endpoint
 
+    def _is_let_in(self) -> bool:
+        key = self.server.key
+        if key and self.headers["Authorization"] != f"Bearer {key}":
+            self._whole(401, {"error": {"message": "who are you?"}})
+            return False
+        return True
+
     def do_GET(self) -> None:
+        if not self._is_let_in():
+            return
         found = self.path == "/v1/models"
         self._whole(200 if found else 404, {"data": [{"id": "tiny"}]} if found else {"error": {"message": "no"}})
 
     def do_POST(self) -> None:
         body: Any = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if not self._is_let_in():
+            return None
         if "ignore_eos" in body and not self.server.knows_ignore_eos:
             return self._whole(400, {"error": {"message": "ignore_eos is unknown here"}})
         if self.server.full and body["max_tokens"] > 4:
@@ -117,6 +129,15 @@ def test_an_endpoint_that_refuses_ignore_eos_is_measured_without(endpoint: _Endp
     done = _bench(endpoint.url, "--users", "1", "--output", "5", "--rounds", "1")
     assert done.returncode == 0, done.stderr
     assert "tiny" in done.stderr and "failed" not in done.stdout
+
+
+def test_a_key_opens_every_door_of_an_endpoint(endpoint: _Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoint.key = "secret"
+    options = ("--users", "1", "--output", "4", "--rounds", "1")
+    assert "who are you?" in _bench(endpoint.url, *options).stderr
+    monkeypatch.setenv("POTLUCK_BENCH_KEY", "secret")
+    done = _bench(endpoint.url, *options)
+    assert done.returncode == 0, done.stderr
 
 
 def test_refusals_are_counted_and_told_and_fail_the_command(endpoint: _Endpoint) -> None:
