@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo serve-demo test check unit format proto docs clean
+.PHONY: help setup demo serve-demo test check unit format proto rehearsal docs clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,10 @@ format: setup ## format and fix what can be fixed
 
 proto: setup ## generate cluster/wire/ from proto/
 	@$(BIN)/python deploy/proto_drift.py --write
+
+rehearsal: export OMP_NUM_THREADS = 1
+rehearsal: setup ## run 200 random plans on each engine at the edge of their memory (an hour)
+	@$(BIN)/python -m tests.oracle.memory_edges 200
 
 docs: export OMP_NUM_THREADS = 1
 docs: setup ## run the oracle tests and write what they show to docs/models.md (minutes)

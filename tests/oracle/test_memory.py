@@ -21,7 +21,7 @@ from cluster.types import Backend, LayerRange
 from node.engines.mlx import attention
 from node.engines.mlx.positions import Positions, UnownedCache
 from tests.checkpoints import make_checkpoint
-from tests.oracle.memory_edges import edge, warm_ups
+from tests.oracle.memory_edges import beyond, warm_ups
 from tests.oracle.memory_peaks import Run, measured
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -80,14 +80,7 @@ def test_the_peak_is_at_most_the_prediction_and_at_least_85_percent_of_it(
 def test_no_plan_at_the_edge_runs_out_of_memory(
     backend: Backend, count: int, warm: Callable[[Backend], list[Path]], tmp_path: Path
 ) -> None:
-    edges = [edge(seed, backend, tmp_path / str(seed)) for seed in range(count)]
-    found = measured(backend, warm(backend), [each.run for each in edges])
-    over = [
-        f"{each}: {peaks['peak'] - peaks['predicted']} bytes too much, {peaks}"
-        for each, peaks in zip(edges, found, strict=True)
-        if peaks["peak"] > peaks["predicted"] + 2 * LIBRARY_BYTES  # these models take little more themselves
-    ]
-    assert not over, "\n".join(over)
+    assert not beyond(backend, range(count), warm(backend), tmp_path)
 
 
 @pytest.mark.parametrize("mask", ["causal", "array", "rows"])
