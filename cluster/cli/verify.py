@@ -32,6 +32,7 @@ from cluster.models.layout import Unused, part_of
 from cluster.models.manifest import build_manifest
 from cluster.models.matrices import read_matrices
 from cluster.models.quantising import check_bits
+from cluster.models.windows import read_windows
 from cluster.placement import stage_cost
 from cluster.quantities import format_bytes
 from cluster.state_dir import StateDir, default_state_path
@@ -223,10 +224,13 @@ def _trace(subject: Subject, tokens: tuple[int, ...], reference: Device) -> Trac
 def _notes(checkpoint: Checkpoint, subject: Subject, tokens: int) -> tuple[str, ...]:
     """What this run could not see."""
     notes = []
-    family, config = family_of(checkpoint.config, str(checkpoint.folder))
-    window = config.get("sliding_window")
-    if family.windows and isinstance(window, int) and tokens <= window:
-        notes.append(f"{tokens} tokens lie within the sliding window of {window}; --tokens {window * 3 // 2} passes it")
+    where, context = str(checkpoint.folder), subject.facts.context_tokens
+    family, config = family_of(checkpoint.config, where)
+    windows = read_windows(family, config, subject.facts.layer_count, where)
+    smallest = min((window for window in windows if window is not None), default=context)
+    if tokens <= smallest < context:  # no input leaves a window as long as the context
+        beyond = min(smallest * 3 // 2, context)
+        notes.append(f"{tokens} tokens lie within the window of {smallest}; --tokens {beyond} passes it")
     if subject.routed and subject.facts.dtype is not DType.F32:
         notes.append("errors are the median token's: in 16 bits a router may choose another expert for a few tokens")
     return tuple(notes)
