@@ -35,6 +35,12 @@ class ResolvedModel:
     name: str
     revision: str  # a commit of the hub, or "local"
     source: str  # where it came from, for people: an address on the hub, or the folder
+    text: str  # the MODEL that means it wherever it is typed on this machine, but for the revision
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of the hub that its files are of; None for what came from no hub."""
+        return None if self.revision == LOCAL_REVISION else self.revision
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +85,9 @@ def resolve_model(
     match parse_model(text):
         case Path() as folder:
             # The built-in model's folder is an implementation detail of where Potluck is installed.
-            name = "demo" if text == "demo" else folder.name
-            return ResolvedModel(folder, name, LOCAL_REVISION, "built in" if text == "demo" else str(folder))
+            if text == "demo":
+                return ResolvedModel(folder, "demo", LOCAL_REVISION, "built in", "demo")
+            return ResolvedModel(folder, folder.name, LOCAL_REVISION, str(folder), str(folder))
         case GgufModel(path):
             from coordinator.gguf.store import ConversionStore
 
@@ -91,7 +98,7 @@ def resolve_model(
 
             wanted = revision or named
             folder, commit = download(repository, wanted, progress, cancelled or threading.Event(), hashes)
-            return ResolvedModel(folder, repository, commit, address(repository))
+            return ResolvedModel(folder, repository, commit, address(repository), repository)
         case HubGguf(repository, gguf, named):
             from coordinator.gguf.store import ConversionStore
             from coordinator.hub_download import address, download
@@ -117,7 +124,7 @@ def find_model(text: str, *, conversions: Path, revision: str | None = None) -> 
             from coordinator.hub_download import address, find_cached
 
             found = find_cached(repository, revision or named or "main")
-            return ResolvedModel(found[0], repository, found[1], address(repository)) if found else None
+            return ResolvedModel(found[0], repository, found[1], address(repository), repository) if found else None
         case HubGguf(repository, gguf, named):
             from coordinator.gguf.store import ConversionStore
             from coordinator.hub_download import address, find_cached
@@ -162,13 +169,13 @@ def work_on(text: str) -> str:
 def _converted(folder: Path, path: Path) -> ResolvedModel:
     from coordinator.gguf.source import model_name
 
-    return ResolvedModel(folder, model_name(path.name), LOCAL_REVISION, str(path))
+    return ResolvedModel(folder, model_name(path.name), LOCAL_REVISION, str(path), str(path))
 
 
 def _fetched(folder: Path, repository: str, gguf: str, commit: str, address: str) -> ResolvedModel:
     from coordinator.gguf.source import model_name
 
-    return ResolvedModel(folder, f"{repository}/{model_name(gguf)}", commit, address)
+    return ResolvedModel(folder, f"{repository}/{model_name(gguf)}", commit, address, f"{repository}/{gguf}")
 
 
 def parse_model(text: str) -> Meant:

@@ -8,6 +8,7 @@ from cluster.models.facts import ModelFacts
 from cluster.plan import Plan
 from cluster.types import NodeId
 from coordinator.holders import Held
+from coordinator.hub import ResolvedModel
 from coordinator.opening import OpenModel
 from coordinator.roster import Member, Roster
 from coordinator.serving import Serving
@@ -34,7 +35,7 @@ def status_of(
         "phase": phase,
         "reason": reason,
         "join_addresses": list(join),
-        "model": None if model is None else _model(model.resolved.name, model.facts),
+        "model": None if model is None else _model(model.resolved, model.facts),
         "nodes": [
             _node(member, stage_of.get(member.facts.id), held.get(member.facts.id)) for member in members.values()
         ],
@@ -44,9 +45,11 @@ def status_of(
     }
 
 
-def _model(name: str, facts: ModelFacts) -> dict[str, object]:
+def _model(resolved: ResolvedModel, facts: ModelFacts) -> dict[str, object]:
     return {
-        "name": name,
+        "name": resolved.name,
+        "source": resolved.text,
+        "revision": resolved.commit,
         "architecture": facts.architecture,
         "layers": facts.layer_count,
         "bytes": facts.stored_bytes,

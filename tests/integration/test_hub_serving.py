@@ -106,6 +106,13 @@ def test_a_mirror_that_tells_no_sizes_and_hashes_serves_as_well(hub: Hub, tmp_pa
         coordinator.process.wait_for("waiting", START_S)
 
 
+def test_the_status_says_which_commit_is_served(hub: Hub, tmp_path: Path) -> None:
+    with _serving(hub, tmp_path) as coordinator:
+        coordinator.process.wait_for("waiting", START_S)
+        model = coordinator.status()["model"]
+        assert (model["source"], model["revision"]) == ("org/tiny", _COMMIT)
+
+
 def test_a_hub_that_is_busy_for_a_moment_ends_nothing(hub: Hub, tmp_path: Path) -> None:
     hub.busy_answers = 2
     with _serving(hub, tmp_path) as coordinator:

@@ -27,6 +27,18 @@ def test_a_folder_is_itself(tmp_path: Path) -> None:
     assert (resolved.folder, resolved.name, resolved.revision) == (tmp_path / "models" / "mine", "mine", "local")
 
 
+@pytest.mark.parametrize("text", ["models/mine", "models/paper.gguf", "models/ggufs", "demo"])
+def test_what_was_found_can_be_named_from_any_other_folder(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("models/mine").mkdir(parents=True)
+    paper_gguf(tmp_path / "models" / "paper.gguf")
+    paper_gguf(tmp_path / "models" / "ggufs" / "other.gguf")
+    found = resolve_model(text, conversions=tmp_path / "made")
+    monkeypatch.chdir("models")
+    assert resolve_model(found.text, conversions=tmp_path / "made") == found
+
+
 def test_a_folder_named_by_a_dot_has_its_real_name(tmp_path: Path) -> None:
     assert resolve_model(".", conversions=Path()).name == tmp_path.name
 
