@@ -37,7 +37,7 @@ from cluster.placement import stage_cost
 from cluster.quantities import format_bytes
 from cluster.state_dir import StateDir, default_state_path
 from cluster.types import Backend, DType, ModelId
-from coordinator.hub import resolve_model, work_on
+from coordinator.hub import ResolvedModel, resolve_model, work_on
 from coordinator.server import conversions_folder
 from node.comparison import Trace
 from node.engines.registry import create_engine
@@ -66,15 +66,11 @@ DRIFTED: Final = 3
 
 def verify_command(command: VerifyCommand) -> int:
     running = _running_plan(command)
-    text = command.model or (running.model if running else "")
+    text, revision = _wanted_model(command.model, running)
     cuts = _wanted_cuts(command, running)
     bits = running.bits if running else check_bits(command.bits)
     with Telling() as tell, StateDir((command.state or default_state_path()) / "verify") as state:
-        model = resolve_model(
-            text,
-            conversions=conversions_folder(command.state),
-            progress=lambda done, total: tell(work_on(text), done, total),
-        )
+        model = _resolve(text, revision, command.state, tell)
         checkpoint = open_checkpoint(model.folder)
         subject = _subject(checkpoint, command, cuts, bits)
         reference = _reference(subject.facts)
@@ -115,12 +111,48 @@ def packed_id(model: ModelId, facts: ModelFacts) -> ModelId:
 
 def _running_plan(command: VerifyCommand) -> RunningPlan | None:
     if command.url is None:
-        if command.model is None:
-            raise UsageError("expected MODEL, or --url with the endpoint whose plan is to be verified")
         return None
     if command.stages is not None or command.backend != "auto" or command.bits is not None:
         raise UsageError("--url takes these from the running plan; leave --stages, --backend and --bits out")
     return read_plan(Endpoint(command.url).get("/potluck/status"))
+
+
+def _wanted_model(named: str | None, running: RunningPlan | None) -> tuple[str, str | None]:
+    """MODEL and its revision: what is named, else what the cluster serves, as far as this machine can have it."""
+    if running is None:
+        if named is None:
+            raise UsageError("expected MODEL, or --url with the endpoint whose plan is to be verified")
+        return named, None
+    if named is not None:
+        return named, running.revision if named == running.source else None
+    if running.revision is None and running.source != "demo" and not _is_here(running.source):
+        raise UsageError(
+            f"the cluster serves {running.source}, and this machine has nothing there; "
+            "name MODEL as well: its folder on this machine"
+        )
+    return running.source, running.revision
+
+
+def _resolve(text: str, revision: str | None, state: Path | None, tell: Telling) -> ResolvedModel:
+    model = resolve_model(
+        text,
+        conversions=conversions_folder(state),
+        revision=revision,
+        progress=lambda done, total: tell(work_on(text), done, total),
+    )
+    if revision is not None and model.commit != revision:  # a folder here may have the name of a model on the hub
+        raise UsageError(
+            f"the cluster serves commit {revision} of {text}, which means {model.folder} here; start in another folder"
+        )
+    return model
+
+
+def _is_here(source: str) -> bool:
+    path = Path(source)
+    try:
+        return path.is_absolute() and path.exists()
+    except OSError:  # another user's folder, or no path at all
+        return False
 
 
 def _wanted_cuts(command: VerifyCommand, running: RunningPlan | None) -> int | tuple[Cut, ...]:

@@ -29,7 +29,8 @@ class Cut:
 class RunningPlan:
     """What a cluster serves, and how it has cut it."""
 
-    model: str
+    source: str  # the MODEL that means it on the coordinator's machine
+    revision: str | None  # its commit, if it is of the hub
     cuts: tuple[Cut, ...]
     devices: tuple[str, ...]  # of the stages' nodes, such as `cuda:0`
     bits: int | None  # what full-precision weights are packed in at load
@@ -96,6 +97,9 @@ def read_plan(status: Mapping[str, object]) -> RunningPlan:
         ]
         devices = [device_of.get(stage["node"], "") for stage in plan["stages"]]
         bits = None if model["bits"] is None else int(model["bits"])
-        return RunningPlan(str(model["name"]), tuple(cuts), tuple(devices), bits)
+        revision = None if model["revision"] is None else str(model["revision"])
+        return RunningPlan(str(model["source"]), revision, tuple(cuts), tuple(devices), bits)
     except (KeyError, TypeError, ValueError) as error:
-        raise ClusterError("the endpoint's status does not say which layers are where; is it a Potluck?") from error
+        raise ClusterError(
+            "the endpoint's status does not say which model it serves and which layers are where; is it a Potluck?"
+        ) from error

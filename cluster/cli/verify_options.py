@@ -12,7 +12,11 @@ from cluster.cli import options as opt
 def verify(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="MODEL", help="A folder, a hub id or `demo`; without it, what --url serves."),
+        typer.Argument(
+            metavar="MODEL",
+            help="A folder, a GGUF file, a hub id or `demo`; without it, what --url serves: from the hub at the commit "
+            "that is served, or a folder or file that lies in the same place on this machine.",
+        ),
     ] = None,
     stages: Annotated[
         str | None, typer.Option(help="How many stages, or engines with their layers: torch:0-5,mlx:6-11. [2]")

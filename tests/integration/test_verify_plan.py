@@ -18,13 +18,13 @@ from tests.integration.live import Coordinator
 def test_the_plan_of_a_running_cluster_is_verified_stage_by_stage(
     mixed: Coordinator, served: Served, tmp_path: Path
 ) -> None:
+    """No MODEL is named: the status says which folder it is."""
     planned = mixed.status()["plan"]["stages"]
-    command = potluck_command(
-        "verify", str(served.folder), "--url", mixed.url, "--tokens", "24", "--json", "--state", str(tmp_path)
-    )
+    command = potluck_command("verify", "--url", mixed.url, "--tokens", "24", "--json", "--state", str(tmp_path))
     result = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     for fields in ("backend", "first_layer", "last_layer"):
         assert [stage[fields] for stage in found["stages"]] == [stage[fields] for stage in planned]
     assert found["ok"]
+    assert found["model"] == served.folder.name

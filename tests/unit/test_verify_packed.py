@@ -43,7 +43,7 @@ def test_what_torch_keeps_packed_transformers_does_not_compute_alike(
 def test_the_running_plan_says_what_its_weights_are_packed_in(bits: int | None) -> None:
     stage = {"node": "a", "backend": "mlx", "first_layer": 0, "last_layer": 3}
     status = {
-        "model": {"name": "m", "bits": bits},
+        "model": {"source": "org/m", "revision": None, "bits": bits},
         "nodes": [{"name": "a", "device": "cpu"}],
         "plan": {"stages": [stage]},
     }
