@@ -93,7 +93,9 @@ class Transfer:
                     raise self._error
                 done, _ = await asyncio.wait(self._running, timeout=_TICK_S, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
-                    await self._finish(task, self._running.pop(task))
+                    job = self._running.pop(task, None)
+                    if job is not None:  # else discarded with the others of a source that one of `done` convicted
+                        await self._finish(task, job)
                 if clock() - measured_s >= _TICK_S:
                     self._measure(clock() - measured_s)
                     measured_s = clock()
