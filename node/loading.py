@@ -64,10 +64,16 @@ class StageLoader:
         fetching = asyncio.create_task(self._fetch(assignment, report, arrival))
         try:
             engine = await self._load(assignment, report, arrival)
-            await fetching
-        finally:
+            try:
+                await fetching
+            except BaseException:
+                # The disk may be full, or the load cancelled, when the engine has all that it reads.
+                self._thread.submit(engine.close)
+                raise
+        except BaseException:
             fetching.cancel()  # ends the engine's waiting, too
             await asyncio.gather(fetching, return_exceptions=True)
+            raise
         return self._flow(engine, assignment)
 
     async def _load(self, assignment: Assignment, report: Report, arrival: Arrival) -> Engine:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,14 @@ class _Reader:
     def __init__(self, read: Callable[[_Reader, StageSpec], None]) -> None:
         self._read = read
         self.found: dict[str, bytes] = {}
+        self.loaded = threading.Event()
         self.closed = threading.Event()
+        self.closed_by = ""
 
     def load(self, spec: StageSpec, progress: Progress) -> None:
         self._read(self, spec)
         progress(LoadProgress(1, 1))
+        self.loaded.set()
 
     def take(self, spec: StageSpec, file: str = "") -> None:
         """Wait for every owned tensor, or those of one file, and keep what it holds then."""
@@ -50,6 +53,7 @@ class _Reader:
                 self.found[tensor.name] = (spec.folder / tensor.file).read_bytes()[tensor.begin : tensor.end]
 
     def close(self) -> None:
+        self.closed_by = threading.current_thread().name
         self.closed.set()
 
 
@@ -175,5 +179,58 @@ def test_an_engine_that_reads_without_waiting_is_not_believed(
             forgotten = pytest.raises(ClusterError, match=r"did not wait for model\.embed_tokens\.weight")
             with _loader(engine, tmp_path / "state", monkeypatch) as loader, forgotten:
                 await loader.load(_assignment(coordinator), lambda _: None)
+
+    run(test)
+
+
+def _ending(how: Callable[[], Awaitable[object]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fetches do `how` when everything is in its files."""
+    ensure_slice = loading.ensure_slice
+
+    async def ensure(*args: Any, **kwargs: Any) -> Path:
+        folder = await ensure_slice(*args, **kwargs)
+        await how()
+        return folder
+
+    monkeypatch.setattr(loading, "ensure_slice", ensure)
+
+
+def test_an_engine_that_had_everything_is_closed_when_the_fetch_fails_at_its_end(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        engine = _Reader(_Reader.take)
+        async with serving(model) as coordinator:
+            with _loader(engine, tmp_path / "state", monkeypatch) as loader:
+
+                async def fail() -> None:
+                    await asyncio.to_thread(engine.loaded.wait)
+                    raise ModelError("the disk is full")
+
+                _ending(fail, monkeypatch)
+                with pytest.raises(ModelError, match="the disk is full"):
+                    await loader.load(_assignment(coordinator), lambda _: None)
+                await loader.settle()
+        assert engine.closed_by == "engine_0"
+
+    run(test)
+
+
+def test_an_engine_that_had_everything_is_closed_when_the_load_is_cancelled_then(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        engine = _Reader(_Reader.take)
+        _ending(asyncio.Event().wait, monkeypatch)
+        async with serving(model) as coordinator:
+            with _loader(engine, tmp_path / "state", monkeypatch) as loader:
+                load = asyncio.create_task(loader.load(_assignment(coordinator), lambda _: None))
+                await asyncio.to_thread(engine.loaded.wait)
+                await loader.settle()  # so the load has its engine and waits for the fetch alone
+                load.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await load
+                await loader.settle()
+        assert engine.closed_by == "engine_0"
 
     run(test)
