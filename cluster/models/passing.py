@@ -18,6 +18,7 @@ class PassingHashes:
         self._size_bytes = size_bytes
         self._position = 0
         self._beginning = bytearray()  # until the header is complete
+        self._header_end: int | None = None  # once its length is here
         self._parts: PartHashes | None = None
         self._is_readable = True
 
@@ -44,14 +45,16 @@ class PassingHashes:
 
     def _begin(self) -> None:
         """Find out where the parts are, once the header is complete."""
-        beginning = bytes(self._beginning)
-        if len(beginning) < LENGTH_BYTES:
+        if len(self._beginning) < LENGTH_BYTES:
             return
-        header_end = LENGTH_BYTES + header_bytes(beginning[:LENGTH_BYTES], self._size_bytes, self._name)
-        if len(beginning) < header_end:
-            return
-        entries = parse_header(beginning[:header_end], self._size_bytes, self._name).values()
+        if self._header_end is None:
+            start = bytes(self._beginning[:LENGTH_BYTES])
+            self._header_end = LENGTH_BYTES + header_bytes(start, self._size_bytes, self._name)
+        if len(self._beginning) < self._header_end:
+            return  # without a copy: a long header comes in very many pieces
+        header = bytes(self._beginning[: self._header_end])
+        entries = parse_header(header, self._size_bytes, self._name).values()
         # Empty tensors share one span, so spans are made unique.
-        self._parts = PartHashes(sorted({(0, header_end), *((entry.begin, entry.end) for entry in entries)}))
-        self._parts.feed(0, memoryview(beginning))
-        self._beginning.clear()
+        self._parts = PartHashes(sorted({(0, len(header)), *((entry.begin, entry.end) for entry in entries)}))
+        self._parts.feed(0, memoryview(self._beginning))
+        self._beginning = bytearray()

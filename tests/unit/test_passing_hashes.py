@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from cluster.models.hashing import hash_file
 from cluster.models.passing import PassingHashes
 from cluster.models.safetensors_header import read_header
+from cluster.quantities import MIB
 from tests.weight_files import write_model
 
 
@@ -32,6 +34,22 @@ def test_a_file_that_has_not_passed_wholly_has_no_hashes(tmp_path: Path) -> None
     [path] = write_model(tmp_path, layers=2, tensor_bytes=400, shards=1).glob("*.safetensors")
     data = path.read_bytes()
     assert _fed(data[:-1], 1000, len(data)).digests() == {}
+
+
+def test_a_piece_of_a_long_header_costs_no_copy_of_what_came_before() -> None:
+    """A header of 100 MiB comes in thousands of pieces."""
+    header_bytes = 8 * MIB
+    hashes = PassingHashes("f", 2 * header_bytes)
+    tracemalloc.start()
+    try:
+        hashes.feed(header_bytes.to_bytes(8, "little") + bytes(header_bytes - 2))
+        before_bytes, _ = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        hashes.feed(b" ")
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes - before_bytes < header_bytes // 2
 
 
 @pytest.mark.parametrize("data", [b"", b"short", b"\xff" * 5000, (4).to_bytes(8, "little") + b"null" + bytes(5000)])
