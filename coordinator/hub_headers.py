@@ -134,16 +134,17 @@ def _write_hollow(path: Path, url: str, size_bytes: int) -> None:
 
 
 def _read(url: str, begin: int, end: int) -> bytes:
-    """Bytes [begin, end); a server that knows no ranges is cut off there."""
+    """Bytes [begin, end). A server that knows no ranges is read past what comes before, and cut off there."""
     headers = build_hf_headers() | {"Accept-Encoding": "identity", "Range": f"bytes={begin}-{end - 1}"}
     data = bytearray()
     with get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT_S) as response:
         hf_raise_for_status(response)
-        skipped = 0 if response.status_code == _PARTIAL else begin
+        position = begin if response.status_code == _PARTIAL else 0
         for piece in response.iter_bytes():
-            data += piece
-            if len(data) >= skipped + end - begin:
+            data += piece[max(begin - position, 0) :]
+            position += len(piece)
+            if position >= end:
                 break
-    if len(data) < skipped + end - begin:
-        raise ModelError(f"{url} ended after {len(data)} bytes; {end - begin} from {begin} were asked for. Try again")
-    return bytes(data[skipped : skipped + end - begin])
+    if position < end:
+        raise ModelError(f"{url} ended at byte {position}; bytes [{begin}, {end}) were asked for. Try again")
+    return bytes(data[: end - begin])
