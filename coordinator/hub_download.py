@@ -110,11 +110,8 @@ def find_cached(repository: str, revision: str, gguf: str | None = None) -> tupl
 def list_files(repository: str, revision: str, gguf: str | None = None) -> tuple[str, dict[str, HubFile]]:
     """The commit that `revision` means now, and the files in the repository's top folder, what is needed among them."""
     info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=_TIMEOUT_S)
-    files = {
-        sibling.rfilename: HubFile(sibling.rfilename, sibling.size or 0, sibling.lfs.sha256 if sibling.lfs else "")
-        for sibling in info.siblings or ()
-        if "/" not in sibling.rfilename
-    }
+    listed = [HubFile.of(sibling) for sibling in info.siblings or ()]
+    files = {file.name: file for file in listed if "/" not in file.name}
     if info.sha is None:
         raise ModelError(f"{constants.ENDPOINT} names no commit for {repository}; is HF_ENDPOINT a hub?")
     if gguf is not None:
@@ -196,9 +193,9 @@ class _Download:
         return Path(constants.HF_HUB_CACHE).expanduser() / folder / "snapshots" / self._commit
 
     def _is_streamed(self, file: HubFile) -> bool:
-        """Not what is here, not what the hub gives no hash for, and not what it refuses to plain HTTP."""
+        """Not what is here, not what the hub gives no hash or no size for, and not what it refuses to plain HTTP."""
         is_here = (self._blobs / file.sha256).exists() if file.sha256 else False
-        return bool(file.sha256) and not is_here and file.size_bytes <= constants.MAX_HTTP_DOWNLOAD_SIZE
+        return bool(file.sha256) and not is_here and 0 < file.size_bytes <= constants.MAX_HTTP_DOWNLOAD_SIZE
 
     def _check_room(self, weights: Sequence[HubFile]) -> None:
         missing = [file for file in weights if not (file.sha256 and (self._blobs / file.sha256).exists())]

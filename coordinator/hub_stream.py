@@ -28,6 +28,8 @@ from cluster.quantities import MIB
 if TYPE_CHECKING:
     from hashlib import _Hash
 
+    from huggingface_hub.hf_api import RepoSibling
+
 _CHUNK_BYTES = 1 * MIB
 _FRUITLESS_TRIES_MAX = 5
 _RETRY_DELAY_MAX_S = 8.0
@@ -38,11 +40,18 @@ _TRANSIENT = (408, 429, 500, 502, 503, 504)
 
 @dataclass(frozen=True, slots=True)
 class HubFile:
-    """A file of a repository. `sha256` is empty where the hub does not tell."""
+    """A file of a repository. `sha256` is empty and `size_bytes` 0 where the hub does not tell."""
 
     name: str
     size_bytes: int
     sha256: str
+
+    @classmethod
+    def of(cls, sibling: RepoSibling) -> HubFile:
+        """As the hub lists it; some mirrors tell the size only beside the hash, or nowhere."""
+        lfs = sibling.lfs
+        size_bytes = sibling.size or (lfs.size if lfs else 0)
+        return cls(sibling.rfilename, size_bytes or 0, lfs.sha256 if lfs else "")
 
 
 class BlobStream:

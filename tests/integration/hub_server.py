@@ -47,6 +47,8 @@ class Hub:
     stall_after_bytes: int | None = None  # of one large file's answer: then nothing until the client gives up
     cut_after_bytes: int | None = None  # of one large file's answer: then the connection closes, once
     is_plain: bool = False  # tells neither sizes nor hashes of files, as simple mirrors do not
+    tells_file_sizes: bool = True  # of large files; some mirrors tell them only beside the hash,
+    tells_lfs_sizes: bool = True  # or there neither
     busy_answers: int = 0  # so many requests for large files are answered 429, to be repeated after a second
     refused_at_s: dict[str, float] = field(default_factory=dict)
     impatient: int = 0  # requests that came again sooner
@@ -145,7 +147,9 @@ class _Handler(BaseHTTPRequestHandler):
             entry = {"type": "file", "path": path.name, "size": size, "oid": blob}
             if _is_large(path):
                 digest = hashlib.sha256(path.read_bytes()).hexdigest()
-                sibling["lfs"] = {"sha256": digest, "size": size, "pointerSize": 134}
+                sibling["size"] = size if self.hub.tells_file_sizes else None
+                lfs_size = size if self.hub.tells_lfs_sizes else None
+                sibling["lfs"] = {"sha256": digest, "size": lfs_size, "pointerSize": 134}
                 entry["lfs"] = {"oid": digest, "size": size, "pointerSize": 134}
             siblings.append(sibling)
             tree.append(entry)

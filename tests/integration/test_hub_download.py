@@ -212,6 +212,22 @@ def test_a_downloaded_model_is_not_read_again_to_be_hashed(
     assert read and max(read) < _TENSOR_BYTES, "only small files"
 
 
+def test_a_size_that_is_told_only_beside_the_hash_counts(site: _Site) -> None:
+    site.hub.tells_file_sizes = False
+    said = site.resolve()
+    total = sum(path.stat().st_size for path in Path(said["folder"]).iterdir())
+    assert said["progress"][-1] == [total, total]
+
+
+def test_files_whose_sizes_are_told_nowhere_arrive_all_the_same(site: _Site) -> None:
+    site.hub.tells_file_sizes = site.hub.tells_lfs_sizes = False
+    said = site.resolve()
+    assert "error" not in said, said
+    for number in (1, 2):
+        name = f"model-0000{number}-of-00002.safetensors"
+        assert (Path(said["folder"]) / name).read_bytes() == (site.model / name).read_bytes()
+
+
 def test_other_bytes_than_announced_are_never_used(site: _Site) -> None:
     site.hub.damage = True
     said = site.resolve()
