@@ -126,21 +126,30 @@ def test_the_engine_reads_what_has_arrived_while_the_rest_is_held_back(
 def test_a_transfer_that_fails_ends_the_engines_waiting(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    begun = asyncio.Event()
+
     async def refuse(request: pb.ReadFileRequest, context: Any, pieces: Any) -> AsyncIterator[pb.Bytes]:
         if request.file == _HELD_BACK and request.offset:
+            await begun.wait()
             await context.abort(grpc.StatusCode.DATA_LOSS, "the disk is gone")
         async for piece in pieces:
             yield piece
 
     async def test() -> None:
-        engine = _Reader(_Reader.take)
+        loop = asyncio.get_running_loop()
+
+        def read(engine: _Reader, spec: StageSpec) -> None:
+            engine.take(spec, "model-00001-of-00003.safetensors")
+            loop.call_soon_threadsafe(begun.set)
+            engine.take(spec)
+
+        engine = _Reader(read)
         async with serving(model, twist=refuse) as coordinator:
             with _loader(engine, tmp_path / "state", monkeypatch) as loader:
                 with pytest.raises(ModelError, match="the disk is gone"):
                     await loader.load(_assignment(coordinator), lambda _: None)
                 await loader.settle()
         assert engine.closed.is_set()
-        assert engine.found, "it had begun"
 
     run(test)
 
