@@ -39,7 +39,8 @@ proto: setup ## generate cluster/wire/ from proto/
 	@$(BIN)/python deploy/proto_drift.py --write
 
 rehearsal: export OMP_NUM_THREADS = 1
-rehearsal: setup ## run 200 random plans on each engine at the edge of their memory (an hour)
+rehearsal: setup ## 8 billion parameters over nodes of 7 GiB (as root), then 200 plans at the edge of their memory (an hour)
+	@$(BIN)/python -m tests.integration.size_rehearsal
 	@$(BIN)/python -m tests.oracle.memory_edges 200
 
 docs: export OMP_NUM_THREADS = 1
