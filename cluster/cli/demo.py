@@ -13,6 +13,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from rich.console import Console
@@ -25,15 +26,15 @@ from cluster.discovery import multicast_works
 from cluster.errors import ClusterError, UsageError
 from cluster.interfaces import choose_interfaces, read_interfaces
 from cluster.models.checkpoint import open_checkpoint
-from cluster.models.facts import read_facts
+from cluster.models.facts import ModelFacts, read_facts
 from cluster.placement import stage_cost
 from cluster.quantities import format_bytes
 from cluster.types import Backend, LayerRange
 from coordinator.builtin import demo_model_path
 
 _NODES = ("kitchen", "study", "attic")
-_BUDGET_SHARE = 0.7
-"""Each node's budget as a share of what one node would need to serve the model alone."""
+_BUDGET_SHARE = 0.25
+"""How far each node's budget is on the way from what a third of the layers takes to what all of them take."""
 
 QUESTION = "What is Potluck?"
 ANSWER = (
@@ -55,11 +56,13 @@ def demo_command(*, keep: bool, port: int, question: str) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     backends = demo_backends()
     facts = read_facts(open_checkpoint(demo_model_path()))
-    alone = stage_cost(facts, LayerRange(0, facts.layer_count), Backend(backends[0]), context=_CONTEXT, users=1)
-    budget_bytes = int(alone.memory_bytes * _BUDGET_SHARE)
+    alone = {name: _needed_bytes(facts, Backend(name), LayerRange(0, facts.layer_count)) for name in backends}
+    budgets = {name: demo_budget(facts, Backend(name)) for name in backends}
+    takes = " and ".join(f"{format_bytes(needed)} on {name}" for name, needed in alone.items())
+    may_use = " and ".join(f"{format_bytes(budget)} on {name}" for name, budget in budgets.items())
     console.print(
-        f"Serving the built-in model takes {format_bytes(alone.memory_bytes)} (weights, cache, workspace). "
-        f"Each of three nodes may use {format_bytes(budget_bytes)}, so none could hold it alone.",
+        f"Serving the built-in model takes {takes} (weights, cache, workspace). "
+        f"Each of three nodes may use {may_use}, so none could hold it alone.",
         markup=False,
     )
     with ExitStack() as stack:
@@ -73,7 +76,7 @@ def demo_command(*, keep: bool, port: int, question: str) -> int:
         url = str(coordinator.wait_for("starting", _START_S)["url"])
         announce_to = str(coordinator.wait_for("listening", _START_S)["port"])
         nodes = [
-            stack.enter_context(_node(names, name, backend, budget_bytes, announce_to))
+            stack.enter_context(_node(names, name, backend, budgets[backend], announce_to))
             for name, backend in zip(_NODES, backends, strict=True)
         ]
         coordinator.wait_for("ready", _START_S, needs=nodes)
@@ -90,6 +93,18 @@ def demo_command(*, keep: bool, port: int, question: str) -> int:
         if keep and right:
             _keep(console, endpoint.url, names, announce_to, [coordinator, *nodes])
     return 0 if right else 1
+
+
+def demo_budget(facts: ModelFacts, backend: Backend) -> int:
+    """Enough for a third of the layers on this engine, whichever, and too little for all of them."""
+    cuts = [facts.layer_count * stage // len(_NODES) for stage in range(len(_NODES) + 1)]
+    third = max(_needed_bytes(facts, backend, LayerRange(*cut)) for cut in pairwise(cuts))
+    alone = _needed_bytes(facts, backend, LayerRange(0, facts.layer_count))
+    return int(third + _BUDGET_SHARE * (alone - third))
+
+
+def _needed_bytes(facts: ModelFacts, backend: Backend, layers: LayerRange) -> int:
+    return stage_cost(facts, layers, backend, context=_CONTEXT, users=1).memory_bytes
 
 
 def demo_backends() -> tuple[str, ...]:
