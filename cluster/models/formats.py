@@ -12,11 +12,17 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from cluster.errors import ModelError
-from cluster.models.integers import Integers, read_awq, read_gptq, read_pack_quantized, refuse_more_than_weights
+from cluster.models.integers import (
+    GROUP_MAX,
+    Integers,
+    read_awq,
+    read_gptq,
+    read_pack_quantized,
+    refuse_more_than_weights,
+)
 from cluster.models.layout import canonical_name
 from cluster.types import Backend, Format
 
-_GROUP_MAX = 1 << 16  # no format shares a scale among more
 _OVERRIDES_MAX = 1 << 20  # the largest models have some 100,000 matrices
 
 
@@ -172,8 +178,8 @@ def _width(found: Mapping[str, object], where: str) -> tuple[int, int]:
     bits, group = found.get("bits"), found.get("group_size")
     if type(bits) is not int or type(group) is not int or not 1 <= bits <= 8 or not (group == -1 or group >= 1):
         raise ModelError(f"{where}: expected quantization with bits from 1 to 8 and group_size, found {found!r:.80}")
-    if group > _GROUP_MAX:
-        raise ModelError(f"{where}: expected quantization with group_size up to {_GROUP_MAX}, found {group}")
+    if group > GROUP_MAX:
+        raise ModelError(f"{where}: expected quantization with group_size up to {GROUP_MAX}, found {group}")
     return bits, max(group, 0)
 
 
@@ -182,7 +188,7 @@ def _block(found: object, where: str) -> tuple[int, int] | None:
         return None
     if isinstance(found, list) and len(found) == 2:
         rows, columns = found
-        if type(rows) is int and type(columns) is int and 1 <= min(rows, columns) <= max(rows, columns) <= _GROUP_MAX:
+        if type(rows) is int and type(columns) is int and 1 <= min(rows, columns) <= max(rows, columns) <= GROUP_MAX:
             return rows, columns
     raise ModelError(f"{where}: expected a block of rows and columns that share a scale, found {found!r:.80}")
 

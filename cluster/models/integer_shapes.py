@@ -13,6 +13,12 @@ from cluster.models.checkpoint import StoredTensor
 from cluster.models.formats import Packing, Quantization
 from cluster.types import Backend, DType
 
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""The rows whose values an AWQ word holds, from its lowest bits up; AutoAWQ's kernels unpack pairs in this order."""
+
+OTHER_ZEROS = "config.json says that the weights are symmetric (sym), and the files hold zeros off the middle"
+OTHER_ORDER = "config.json says that columns lie in the order of their groups, and g_idx says that they do not"
+
 INTEGER_PACKINGS = frozenset({Packing.AWQ, Packing.GPTQ, Packing.INTEGERS})
 
 MLX_GROUPS = (128, 64, 32)

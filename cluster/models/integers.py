@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from cluster.errors import ModelError
 
-_GROUP_MAX = 1 << 16  # no format shares a scale among more
+GROUP_MAX = 1 << 16  # no format shares a scale among more
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +102,8 @@ def _bits(found: Mapping[str, object], name: str, allowed: tuple[int, ...], what
 
 def _group(found: Mapping[str, object], where: str) -> int:
     group = found.get("group_size", 128)
-    if type(group) is not int or not (group == -1 or 1 <= group <= _GROUP_MAX):
-        raise ModelError(f"{where}: expected group_size -1 or from 1 to {_GROUP_MAX}, found {group!r:.40}")
+    if type(group) is not int or not (group == -1 or 1 <= group <= GROUP_MAX):
+        raise ModelError(f"{where}: expected group_size -1 or from 1 to {GROUP_MAX}, found {group!r:.40}")
     return max(group, 0)
 
 

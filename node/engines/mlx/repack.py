@@ -13,22 +13,15 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from cluster.errors import ModelError
-from cluster.models.integer_shapes import MLX_GROUPS
+from cluster.models.integer_shapes import AWQ_ORDER, MLX_GROUPS, OTHER_ORDER, OTHER_ZEROS
 from cluster.quantities import MIB
 
-_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""The rows whose values an AWQ word holds, from its lowest bits up; AutoAWQ's kernels unpack pairs in this order."""
-
-_AWQ_ROWS = len(_AWQ_ORDER)
+_AWQ_ROWS = len(AWQ_ORDER)
 
 _PART_BYTES = 4 * MIB
 """Of a matrix whose codes have to change places."""
 
 _WORD_BITS = 32
-
-_OTHER_ZEROS = "config.json says that the weights are symmetric (sym), and the files hold zeros off the middle"
-
-_OTHER_ORDER = "config.json says that columns lie in the order of their groups, and g_idx says that they do not"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +48,7 @@ def from_awq(qweight: mx.array, qzeros: mx.array, scales: mx.array, *, dtype: mx
     """Four bits: qweight [inputs, rows / 8], qzeros [groups, rows / 8] and scales [groups, rows]."""
     inputs = qweight.shape[0]
     blocks = qweight.view(mx.uint32).reshape(inputs // _AWQ_ROWS, _AWQ_ROWS, -1)
-    places = mx.array([_AWQ_ORDER.index(row) for row in range(_AWQ_ROWS)])
+    places = mx.array([AWQ_ORDER.index(row) for row in range(_AWQ_ROWS)])
     parts = [
         _turned(blocks[..., first:last]).transpose(2, 1, 0)[:, places].reshape(-1, inputs // _AWQ_ROWS)
         for first, last in _cuts(blocks.shape[2], 4 * inputs)
@@ -105,7 +98,7 @@ def from_gptq(
     matrix = _affine(qweight.view(mx.uint32).T, scales.T, zeros, bits=bits, dtype=dtype)
     if symmetric:
         halves = sum(1 << place for place in range(bits - 1, _WORD_BITS, bits))
-        matrix = replace(matrix, doubts=(Doubt(mx.all(qzeros == mx.array(halves, mx.uint32)), _OTHER_ZEROS),))
+        matrix = replace(matrix, doubts=(Doubt(mx.all(qzeros == mx.array(halves, mx.uint32)), OTHER_ZEROS),))
     return matrix if g_idx is None else _ordered(matrix, g_idx, scales.shape[0], bits, reordered=reordered)
 
 
@@ -162,7 +155,7 @@ def _ordered(matrix: Affine, g_idx: mx.array, count: int, bits: int, *, reordere
     # As compressed-tensors writes it for a matrix whose columns stayed where they were.
     groups = mx.where(mx.all(g_idx == -1), in_order, g_idx)
     if not reordered:
-        return replace(matrix, doubts=(*matrix.doubts, Doubt(mx.array_equal(groups, in_order), _OTHER_ORDER)))
+        return replace(matrix, doubts=(*matrix.doubts, Doubt(mx.array_equal(groups, in_order), OTHER_ORDER)))
     inputs = mx.argsort(groups)
     bounds = _cuts(matrix.words.shape[0], 4 * matrix.words.shape[1])
     parts = [_packed(_values(matrix.words[first:last], bits)[:, inputs], bits) for first, last in bounds]

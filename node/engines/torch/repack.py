@@ -13,21 +13,15 @@ from dataclasses import dataclass
 import torch
 
 from cluster.errors import ModelError
+from cluster.models.integer_shapes import AWQ_ORDER, OTHER_ORDER, OTHER_ZEROS
 from cluster.quantities import MIB
 
 _TRANSIENT_BYTES = MIB
 """Of a matrix at a time, where codes have to change places: what a core's cache holds."""
 
-_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""The rows whose values an AWQ word holds, from its lowest bits up; AutoAWQ's kernels unpack pairs in this order."""
-
-_AWQ_ROWS = len(_AWQ_ORDER)
+_AWQ_ROWS = len(AWQ_ORDER)
 
 _WORD_BITS = 32
-
-_OTHER_ZEROS = "config.json says that the weights are symmetric (sym), and the files hold zeros off the middle"
-
-_OTHER_ORDER = "config.json says that columns lie in the order of their groups, and g_idx says that they do not"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +37,7 @@ class Affine:
 def from_awq(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) -> Affine:
     """Four bits: qweight [inputs, rows / 8], qzeros [groups, rows / 8] and scales [groups, rows]."""
     inputs, row_words = qweight.shape
-    places = torch.tensor([_AWQ_ORDER.index(row) for row in range(_AWQ_ROWS)], device=qweight.device)
+    places = torch.tensor([AWQ_ORDER.index(row) for row in range(_AWQ_ROWS)], device=qweight.device)
     words = qweight.new_empty(row_words, _AWQ_ROWS, inputs // _AWQ_ROWS)
     step = max(1, _TRANSIENT_BYTES // (4 * inputs))
     for first in range(0, row_words, step):
@@ -89,7 +83,7 @@ def from_gptq(
         qzeros = qzeros + sum(1 << place for place in range(0, _WORD_BITS, bits))
     zeros = _values(qzeros, bits).T
     if symmetric and not bool((zeros == 1 << (bits - 1)).all()):
-        raise ModelError(_OTHER_ZEROS)
+        raise ModelError(OTHER_ZEROS)
     scales = scales.T.contiguous()
     biases = _biases(scales, None if symmetric else zeros, bits)
     return _ordered(Affine(qweight.T.contiguous(), scales, biases), g_idx, bits, reordered=reordered)
@@ -136,7 +130,7 @@ def _ordered(matrix: Affine, groups: torch.Tensor | None, bits: int, *, reordere
     if torch.equal(groups, in_order):
         return matrix
     if not reordered:
-        raise ModelError(_OTHER_ORDER)
+        raise ModelError(OTHER_ORDER)
     inputs = torch.argsort(groups, stable=True)
     if not torch.equal(groups[inputs], in_order):
         raise ModelError(
