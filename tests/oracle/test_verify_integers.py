@@ -57,5 +57,5 @@ def test_the_reference_needs_room_to_unpack(tmp_path: Path) -> None:
 def test_codes_in_a_wrong_order_are_found(integers: Integers, monkeypatch: pytest.MonkeyPatch) -> None:
     packed, _ = integers("llama", "awq")
     trace = trace_of(packed)
-    monkeypatch.setattr(repack, "_AWQ_ORDER", tuple(range(8)))
+    monkeypatch.setattr(repack, "AWQ_ORDER", tuple(range(8)))
     assert not verdict_of(packed, TORCH, trace).within
