@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -21,13 +22,15 @@ CONTEXT_BYTES: Final = 512 * MIB
 """A CUDA context with torch's kernels: 300 to 520 MiB by what is published for consumer cards up to the H100.
 Taken on trust: the project has measured none yet."""
 
-WORKSPACE_BYTES: Final = 512 * MIB
-"""Activations of a step of 2,048 tokens through an MLP 28,672 wide in bfloat16, three at a time (336 MiB), logits
-of 256 rows over 152,000 tokens in float32 (148 MiB), and cuBLAS's own (8 MiB, 32 MiB on Hopper)."""
+LIBRARY_BYTES: Final = 128 * MIB
+"""What is in no plan: workspaces of cuBLAS and cuBLASLt (torch asks for 32 MiB each on Hopper, for 8 MiB or less
+before it), and the unused ends of the segments that torch's allocator takes from the driver (2 or 20 MiB, or one
+tensor). What steps need is in every plan (`placement.activations`). Taken on trust, like the context."""
 
-_HIGH_FREE_BYTES: Final = WORKSPACE_BYTES // 2
-_CRITICAL_FREE_BYTES: Final = 64 * MIB
-"""A full plan leaves the workspace free by design; half of it gone means that the next long prefill may not fit."""
+_HIGH_FREE_BYTES: Final = LIBRARY_BYTES
+_CRITICAL_FREE_BYTES: Final = LIBRARY_BYTES // 2
+"""A full plan leaves so much: torch keeps what a long prefill took. Less means that others take memory, or that the
+libraries take more than they should."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,7 @@ class Driver:
 
 @dataclass(frozen=True, slots=True)
 class GpuMemory:
-    """One GPU's memory now. `process_bytes` is this process's own share, context included, where NVML tells."""
+    """One GPU's memory now. `process_bytes` is this process's own share, context included, where somebody tells."""
 
     total_bytes: int
     free_bytes: int
@@ -63,7 +66,7 @@ def cuda_report(
     cap_bytes: int | None,
     reserve_fraction: float | None,
 ) -> MemoryReport:
-    """What is free, plus what this node already uses, less context and workspace. Nobody's desktop needs a
+    """What is free, plus what this node already uses, less context and libraries. Nobody's desktop needs a
     reserve here: what it uses is not free to begin with. The host's budget is that of all its GPUs."""
     own = used_bytes if used_bytes is not None else gpu.process_bytes or 0
     fraction = reserve_fraction or 0.0
@@ -72,11 +75,11 @@ def cuda_report(
     facts = [
         f"{format_bytes(gpu.total_bytes)} VRAM",
         f"{format_bytes(gpu.free_bytes)} free",
-        f"less {format_bytes(CONTEXT_BYTES + WORKSPACE_BYTES)} for context and workspace",
+        f"less {format_bytes(CONTEXT_BYTES + LIBRARY_BYTES)} for context and libraries",
     ]
     return finish(
         total_bytes=gpu.total_bytes,
-        reserve_bytes=CONTEXT_BYTES + WORKSPACE_BYTES + int(gpu.total_bytes * fraction),
+        reserve_bytes=CONTEXT_BYTES + LIBRARY_BYTES + int(gpu.total_bytes * fraction),
         budget_bytes=budget,
         host_budget_bytes=max(0, budget) + elsewhere,
         used_bytes=own,
@@ -89,10 +92,10 @@ def cuda_report(
 def _within(gpu: GpuMemory, used_bytes: int | None) -> int:
     """What weights, cache and workspace may take, the same before and after a load."""
     if gpu.process_bytes:
-        return gpu.free_bytes + gpu.process_bytes - CONTEXT_BYTES - WORKSPACE_BYTES
+        return gpu.free_bytes + gpu.process_bytes - CONTEXT_BYTES - LIBRARY_BYTES
     if used_bytes:  # an engine that holds something has its context already
-        return gpu.free_bytes + used_bytes - WORKSPACE_BYTES
-    return gpu.free_bytes - CONTEXT_BYTES - WORKSPACE_BYTES
+        return gpu.free_bytes + used_bytes - LIBRARY_BYTES
+    return gpu.free_bytes - CONTEXT_BYTES - LIBRARY_BYTES
 
 
 def visible_handles(environ: Mapping[str, str], count: int) -> tuple[str, ...]:
@@ -123,17 +126,27 @@ def read_gpus() -> tuple[GpuMemory, ...]:
     if nvml is None:
         return _read_from_torch()
     handles = visible_handles(os.environ, int(nvml.nvmlDeviceGetCount()))
-    return tuple(_read_gpu(nvml, _find(nvml, handle)) for handle in handles)
+    return tuple(_read_gpu(nvml, _find(nvml, handle), index) for index, handle in enumerate(handles))
 
 
-def _read_gpu(nvml: Any, device: Any) -> GpuMemory:
+def _read_gpu(nvml: Any, device: Any, index: int) -> GpuMemory:
     memory = nvml.nvmlDeviceGetMemoryInfo(device)
     try:
         processes = nvml.nvmlDeviceGetComputeRunningProcesses(device)
     except nvml.NVMLError:  # not every driver lets containers see processes
         processes = []
     own = next((process.usedGpuMemory for process in processes if process.pid == os.getpid()), None)
-    return GpuMemory(int(memory.total), int(memory.free), own)
+    return GpuMemory(int(memory.total), int(memory.free), own or _held_by_torch(index))
+
+
+def _held_by_torch(index: int) -> int | None:
+    """What this process has of a GPU where NVML does not tell (in many containers, on WSL): what torch has taken from
+    the driver, and a context. None before the first use."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    reserved = int(torch.cuda.memory_reserved(index))
+    return reserved + CONTEXT_BYTES if reserved else None
 
 
 def _read_from_torch() -> tuple[GpuMemory, ...]:
@@ -143,7 +156,7 @@ def _read_from_torch() -> tuple[GpuMemory, ...]:
     if not torch.cuda.is_available():
         raise UsageError("no GPU answers: the NVIDIA driver is missing; `potluck doctor` looks for the cause")
     pairs = (torch.cuda.mem_get_info(index) for index in range(torch.cuda.device_count()))
-    return tuple(GpuMemory(int(total), int(free), None) for free, total in pairs)
+    return tuple(GpuMemory(int(total), int(free), _held_by_torch(index)) for index, (free, total) in enumerate(pairs))
 
 
 def _find(nvml: Any, handle: str) -> Any:

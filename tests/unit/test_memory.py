@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import os
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,10 +14,11 @@ from cluster.errors import UsageError
 from cluster.nodes import Pressure
 from cluster.quantities import GIB, MIB
 from cluster.types import Backend
+from node import memory_cuda
 from node.hardware import Device, measure_memory
 from node.memory_apple import AppleFacts, apple_report
 from node.memory_cgroup import CgroupMemory, read_cgroup_memory
-from node.memory_cuda import CONTEXT_BYTES, WORKSPACE_BYTES, GpuMemory, cuda_report
+from node.memory_cuda import CONTEXT_BYTES, LIBRARY_BYTES, GpuMemory, cuda_report
 from node.memory_ram import RamFacts, ram_report
 
 # -- Main memory -----------------------------------------------------------------------------------------
@@ -88,7 +92,7 @@ def test_what_is_kept_back_and_what_others_use_make_up_the_rest_of_the_memory() 
     assert apple.reserve_bytes == 10 * GIB == apple.total_bytes - apple.budget_bytes
     idle = GpuMemory(24 * GIB, 24 * GIB, None)
     cuda = cuda_report(idle, (), used_bytes=None, cap_bytes=None, reserve_fraction=0.1)
-    assert cuda.reserve_bytes == cuda.total_bytes - cuda.budget_bytes == GIB + int(2.4 * GIB)
+    assert cuda.reserve_bytes == cuda.total_bytes - cuda.budget_bytes == 640 * MIB + int(2.4 * GIB)
 
 
 # -- Control groups --------------------------------------------------------------------------------------
@@ -204,8 +208,8 @@ def _cuda(gpu: GpuMemory, *others: GpuMemory, used: int | None = None) -> tuple[
     return report.budget_bytes, report.host_budget_bytes
 
 
-def test_vram_is_what_is_free_less_context_and_workspace() -> None:
-    assert _cuda(GpuMemory(24 * GIB, 23 * GIB, None))[0] == 23 * GIB - CONTEXT_BYTES - WORKSPACE_BYTES
+def test_vram_is_what_is_free_less_context_and_libraries() -> None:
+    assert _cuda(GpuMemory(24 * GIB, 23 * GIB, None))[0] == 23 * GIB - CONTEXT_BYTES - LIBRARY_BYTES
 
 
 def test_a_gpus_budget_is_the_same_before_and_after_a_load_however_it_is_counted() -> None:
@@ -218,7 +222,7 @@ def test_a_gpus_budget_is_the_same_before_and_after_a_load_however_it_is_counted
 def test_a_host_may_give_all_its_gpus() -> None:
     gpu, other, full = (GpuMemory(24 * GIB, free, None) for free in (23 * GIB, 20 * GIB, 0))
     own, host = _cuda(gpu, other, full)
-    assert host == own + 20 * GIB - CONTEXT_BYTES - WORKSPACE_BYTES
+    assert host == own + 20 * GIB - CONTEXT_BYTES - LIBRARY_BYTES
 
 
 def test_a_gpu_keeps_a_reserve_only_when_asked() -> None:
@@ -229,8 +233,57 @@ def test_a_gpu_keeps_a_reserve_only_when_asked() -> None:
 
 
 @pytest.mark.parametrize(
-    ("free_mib", "expected"), [(512, Pressure.NORMAL), (200, Pressure.HIGH), (32, Pressure.CRITICAL)]
+    ("free_mib", "expected"), [(128, Pressure.NORMAL), (100, Pressure.HIGH), (32, Pressure.CRITICAL)]
 )
-def test_a_gpu_is_under_pressure_when_the_workspace_is_going(free_mib: int, expected: Pressure) -> None:
+def test_a_gpu_is_under_pressure_when_less_is_free_than_a_full_plan_leaves(free_mib: int, expected: Pressure) -> None:
     gpu = GpuMemory(24 * GIB, free_mib * MIB, None)
     assert cuda_report(gpu, (), used_bytes=None, cap_bytes=None, reserve_fraction=None).pressure is expected
+
+
+def test_a_plan_that_takes_the_whole_budget_leaves_what_libraries_need() -> None:
+    budget, _ = _cuda(GpuMemory(24 * GIB, 24 * GIB, None))
+    taken = budget + CONTEXT_BYTES  # torch keeps a workspace once it was needed
+    full = GpuMemory(24 * GIB, 24 * GIB - taken, taken)
+    report = cuda_report(full, (), used_bytes=None, cap_bytes=None, reserve_fraction=None)
+    assert (report.budget_bytes, report.pressure) == (budget, Pressure.NORMAL)
+    assert full.free_bytes == LIBRARY_BYTES
+
+
+@dataclass(frozen=True)
+class _Nvml:
+    """One GPU of 24 GiB, as a driver tells of it inside and outside a container."""
+
+    free_bytes: int
+    processes: tuple[SimpleNamespace, ...]
+    NVMLError: type[Exception] = OSError
+
+    def nvmlDeviceGetCount(self) -> int:
+        return 1
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        return index
+
+    def nvmlDeviceGetMemoryInfo(self, device: int) -> SimpleNamespace:
+        return SimpleNamespace(total=24 * GIB, free=self.free_bytes)
+
+    def nvmlDeviceGetComputeRunningProcesses(self, device: int) -> tuple[SimpleNamespace, ...]:
+        if not self.processes:
+            raise self.NVMLError
+        return self.processes
+
+
+@pytest.mark.parametrize("told", ["by the driver", "without a number", "by torch alone"])
+def test_what_this_process_holds_of_a_gpu_stays_in_its_budget(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = 300 * MIB  # whatever it really is
+    loaded = SimpleNamespace(pid=os.getpid(), usedGpuMemory=10 * GIB + context if told == "by the driver" else None)
+    nvml = _Nvml(23 * GIB - context - 10 * GIB, () if told == "by torch alone" else (loaded,))
+    torch = SimpleNamespace(
+        cuda=SimpleNamespace(is_initialized=lambda: True, memory_reserved=lambda index: 10 * GIB * (index == 0))
+    )
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr(memory_cuda, "_nvml", lambda: nvml)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (gpu,) = memory_cuda.read_gpus()
+    expected = 23 * GIB - CONTEXT_BYTES - LIBRARY_BYTES
+    # A context that was counted by its real size, and not as large as was thought, leaves the rest free.
+    assert _cuda(gpu)[0] == (expected if told == "by the driver" else expected + CONTEXT_BYTES - context)
