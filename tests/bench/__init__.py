@@ -1,0 +1,1 @@
+"""Measures this product against its targets; not collected by pytest."""
