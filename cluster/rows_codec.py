@@ -19,6 +19,7 @@ from cluster.steps import (
     Drop,
     Fork,
     Honoured,
+    Move,
     Row,
     Sampling,
     StageMark,
@@ -43,6 +44,8 @@ def verb_out(verb: CacheVerb) -> list[object]:
     match verb:
         case Fork(src, dst, length):
             return ["f", src, dst, length]
+        case Move(src, dst, length):
+            return ["m", src, dst, length]
         case Trim(seq, length):
             return ["t", seq, length]
         case Drop(seq):
@@ -57,6 +60,8 @@ def _verb_in(item: object) -> CacheVerb:
     match kind:
         case "f":
             return Fork(_seq(fields), _seq(fields), _position(fields))
+        case "m":
+            return Move(_seq(fields), _seq(fields), _position(fields))
         case "t":
             return Trim(_seq(fields), _position(fields))
         case "d":

@@ -63,6 +63,15 @@ class Fork:
 
 
 @dataclass(frozen=True, slots=True)
+class Move:
+    """Let `dst` go on with the first `length` positions of `src`, which is forgotten. Nothing is copied."""
+
+    src: SequenceId
+    dst: SequenceId
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
 class Trim:
     """Cut `seq` back to its first `length` positions."""
 
@@ -77,7 +86,7 @@ class Drop:
     seq: SequenceId
 
 
-CacheVerb = Fork | Trim | Drop
+CacheVerb = Fork | Move | Trim | Drop
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +123,7 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True)
 class Honoured:
-    """What a Fork or Trim really kept (at most what was asked, possibly 0); the scheduler prefills the rest."""
+    """What a Fork, Move or Trim really kept (at most what was asked, possibly 0); the scheduler prefills the rest."""
 
     seq: SequenceId
     length: int

@@ -111,6 +111,10 @@ class Engine(Protocol):
         many. The caller computes the rest."""
         ...
 
+    def move(self, src: SequenceId, dst: SequenceId, length: int) -> int:
+        """As `fork`, of a `src` that is forgotten: nothing is copied."""
+        ...
+
     def trim(self, seq: SequenceId, length: int) -> int:
         """Cut `seq` back to `length`, or to as many of these positions as `rewind` allows; returns how many."""
         ...

@@ -15,7 +15,20 @@ import numpy as np
 
 from cluster.errors import PotluckError
 from cluster.frames import Frame, Outcome
-from cluster.steps import Boundary, CacheVerb, Drawn, Drop, Fork, Honoured, Row, StageMark, StepDone, StepFailed, Trim
+from cluster.steps import (
+    Boundary,
+    CacheVerb,
+    Drawn,
+    Drop,
+    Fork,
+    Honoured,
+    Move,
+    Row,
+    StageMark,
+    StepDone,
+    StepFailed,
+    Trim,
+)
 from cluster.types import SequenceId
 from node.engine import Engine, Logits
 from node.sampling import draw
@@ -75,6 +88,10 @@ class StageRunner:
             case Fork(src, dst, length):
                 kept = self._engine.fork(src, dst, length)
                 self._tokens[dst] = self._tokens.get(src, [])[:kept]
+                return Honoured(dst, kept)
+            case Move(src, dst, length):
+                kept = self._engine.move(src, dst, length)
+                self._tokens[dst] = self._tokens.pop(src, [])[:kept]
                 return Honoured(dst, kept)
 
     def _compute(self, frame: Frame) -> _Computed:

@@ -21,7 +21,8 @@ from cluster.models.matrices import Matrix, read_matrices, readers_of
 from cluster.models.parts import Parts, bytes_of, check_ends, check_inputs, leave_out_extra, most_bytes_of
 from cluster.models.quantising import GROUP, bits_to_pack
 from cluster.models.shape import Shape, read_shape
-from cluster.models.windows import kept_positions
+from cluster.models.windows import kept_positions, read_windows
+from cluster.rewinding import EXACT, Rewind, rewind_of
 from cluster.types import Backend, DType, Format, TensorSpec
 
 _COMPUTE_DTYPES = frozenset({DType.F32, DType.BF16, DType.F16})
@@ -69,6 +70,7 @@ class ModelFacts:
     extra_copies: int = 0  # of the MLP's inner state, which the family's layers hold at once beyond the usual ones
     whole_scores: bool = False  # MLX writes the scores of a whole chunk
     scores_heads: int = 0  # heads whose scores are written to memory: soft-caps and sinks; 0 where attention is fused
+    rewind: Rewind = EXACT  # where sequences can be cut back to, as engines say it too
 
     @property
     def format(self) -> str:
@@ -145,6 +147,7 @@ def read_facts(checkpoint: Checkpoint, bits: int | None = None) -> ModelFacts:
         extra_copies=family.extra_copies,
         whole_scores=family.whole_scores,
         scores_heads=shape.heads if family.writes_scores else 0,
+        rewind=rewind_of(read_windows(family, config, shape.layer_count, where), has_states=family.states is not None),
     )
 
 

@@ -11,7 +11,22 @@ import pytest
 from cluster.frames import Frame, Outcome
 from cluster.plan import Fence
 from cluster.rewinding import EXACT
-from cluster.steps import Boundary, Draw, Drawn, Drop, Fork, Honoured, Row, Sampling, Step, StepDone, StepFailed, Trim
+from cluster.steps import (
+    Boundary,
+    CacheVerb,
+    Draw,
+    Drawn,
+    Drop,
+    Fork,
+    Honoured,
+    Move,
+    Row,
+    Sampling,
+    Step,
+    StepDone,
+    StepFailed,
+    Trim,
+)
 from cluster.types import Backend, DeploymentId, DType, Epoch, HostTensor, SequenceId, StepId
 from node.engine import Capacity, Logits, Progress, StageSpec
 from node.stage import StageRunner
@@ -48,6 +63,10 @@ class CountingEngine:
         self.lengths[dst] = min(length, self.lengths.get(src, 0))
         return self.lengths[dst]
 
+    def move(self, src: SequenceId, dst: SequenceId, length: int) -> int:
+        self.lengths[dst] = min(length, self.lengths.pop(src, 0))
+        return self.lengths[dst]
+
     def trim(self, seq: SequenceId, length: int) -> int:
         self.lengths[seq] = min(length, self.lengths.get(seq, 0))
         return self.lengths[seq]
@@ -70,9 +89,7 @@ def runner(is_last: bool) -> tuple[StageRunner, CountingEngine]:
     return StageRunner(engine, stage=1, is_last=is_last, clock=lambda: 0.0), engine
 
 
-def run(
-    stage: StageRunner, *rows: Row, verbs: tuple[Fork | Trim | Drop, ...] = (), **changes: object
-) -> Frame | Outcome:
+def run(stage: StageRunner, *rows: Row, verbs: tuple[CacheVerb, ...] = (), **changes: object) -> Frame | Outcome:
     frame = Frame(FENCE, Step(StepId(5), verbs, rows), **changes)  # type: ignore[arg-type]
     return stage.run(frame, receive_s=0.0, queue_s=0.0)
 
@@ -111,6 +128,18 @@ def test_verbs_report_the_smallest_length_that_any_stage_kept() -> None:
     engine.lengths[ONE] = 9
     result = run(stage, verbs=(Trim(ONE, 8), Fork(ONE, TWO, 6)), honoured=(Honoured(ONE, 4),))
     assert done(result).honoured == (Honoured(ONE, 4), Honoured(TWO, 6))
+
+
+def test_penalties_know_the_tokens_that_a_fork_and_a_move_brought() -> None:
+    banning = Draw(Sampling(seed=0, temperature=0.0, presence_penalty=5.0), prompt_tokens=0)
+    for verb in (Fork(ONE, TWO, 2), Move(ONE, TWO, 2)):
+        stage, engine = runner(is_last=True)
+        run(stage, Row(ONE, 0, (9, 3, 4)))
+        result = done(run(stage, Row(TWO, 2, (9,), banning), verbs=(verb,)))
+        assert result.honoured == (Honoured(TWO, 2),)
+        assert result.drawn[0].token != 3  # the row's last position, and the forked sequence's second token
+        left = done(run(stage, Row(ONE, engine.length(ONE), (9, 9, 9, 9)[engine.length(ONE) :], banning)))
+        assert (left.drawn[0].token == 4) == isinstance(verb, Move)  # only a moved sequence forgets the 4 that it had
 
 
 def test_a_failing_row_fails_its_step_alone_and_leaves_the_cache_as_it_was() -> None:

@@ -95,9 +95,7 @@ class KvCache:
             self.drop(seq)
 
     def fork(self, src: SequenceId, dst: SequenceId, length: int) -> int:
-        if src == dst:
-            raise ValueError(f"sequence {src} cannot be forked onto itself")
-        self.drop(dst)
+        self._make_way(src, dst)
         honoured = self._honoured(src, min(length, self.kv_tokens - self.used_tokens))
         if honoured == 0:
             return 0
@@ -114,6 +112,15 @@ class KvCache:
         self._ways_back[dst] = self._ways_back[src].forked(honoured)
         return honoured
 
+    def move(self, src: SequenceId, dst: SequenceId, length: int) -> int:
+        self._make_way(src, dst)
+        lane = self._lanes.pop(src, None)
+        if lane is not None:
+            lane.rows[lane.rows.index(src)] = dst
+            self._lanes[dst] = lane
+            self._lengths[dst], self._ways_back[dst] = self._lengths.pop(src), self._ways_back.pop(src)
+        return self.trim(dst, length)
+
     def trim(self, seq: SequenceId, length: int) -> int:
         honoured = self._honoured(seq, length)
         if honoured == 0:
@@ -123,6 +130,11 @@ class KvCache:
             self._lengths[seq] = honoured
             self._ways_back[seq].cut(honoured)
         return honoured
+
+    def _make_way(self, src: SequenceId, dst: SequenceId) -> None:
+        if src == dst:
+            raise ValueError(f"sequence {src} cannot be forked onto itself")
+        self.drop(dst)
 
     def _restore(self, seq: SequenceId, states: States) -> None:
         lane = self._lanes[seq]

@@ -125,6 +125,11 @@ class MlxEngine:
         with mx.stream(loaded.device):
             return loaded.cache.fork(src, dst, length)
 
+    def move(self, src: SequenceId, dst: SequenceId, length: int) -> int:
+        loaded = self._require()
+        with mx.stream(loaded.device):
+            return loaded.cache.move(src, dst, length)
+
     def trim(self, seq: SequenceId, length: int) -> int:
         loaded = self._require()
         with mx.stream(loaded.device):

@@ -89,6 +89,9 @@ class TorchEngine:
     def fork(self, src: SequenceId, dst: SequenceId, length: int) -> int:
         return self._loaded().cache.fork(src, dst, length)
 
+    def move(self, src: SequenceId, dst: SequenceId, length: int) -> int:
+        return self._loaded().cache.move(src, dst, length)
+
     def trim(self, seq: SequenceId, length: int) -> int:
         return self._loaded().cache.trim(seq, length)
 

@@ -133,9 +133,7 @@ class KvCache:
         self._sequences[seq] = sequence
 
     def fork(self, src: SequenceId, dst: SequenceId, length: int) -> int:
-        if src == dst:
-            raise ValueError(f"sequence {src} cannot be forked onto itself")
-        self.drop(dst)
+        self._make_way(src, dst)
         source = self._sequences.get(src)
         if source is None:
             return 0
@@ -143,6 +141,13 @@ class KvCache:
         if honoured > 0:
             self._sequences[dst] = source.copy(honoured)
         return honoured
+
+    def move(self, src: SequenceId, dst: SequenceId, length: int) -> int:
+        self._make_way(src, dst)
+        source = self._sequences.pop(src, None)
+        if source is not None:
+            self._sequences[dst] = source
+        return self.trim(dst, length)
 
     def trim(self, seq: SequenceId, length: int) -> int:
         sequence = self._sequences.get(seq)
@@ -158,3 +163,8 @@ class KvCache:
 
     def clear(self) -> None:
         self._sequences.clear()
+
+    def _make_way(self, src: SequenceId, dst: SequenceId) -> None:
+        if src == dst:
+            raise ValueError(f"sequence {src} cannot be forked onto itself")
+        self.drop(dst)
