@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 import msgpack
@@ -21,7 +21,7 @@ from cluster.fields import Fields
 from cluster.frames import Frame, Hello, Message, Outcome, StreamRole
 from cluster.limits import FRAME_HEADER_BYTES_MAX, FRAME_PAYLOAD_BYTES_MAX, PROTOCOL_VERSION
 from cluster.plan import Fence
-from cluster.steps import Boundary
+from cluster.steps import Boundary, Honoured, StageMark, Step, StepFailed
 from cluster.types import DeploymentId, DType, Epoch, HostTensor, TensorSpec
 
 _LENGTH = struct.Struct("<I")
@@ -65,7 +65,7 @@ def _encode_frame(frame: Frame) -> list[bytes]:
         step.id,
         parts,
         [rows_codec.verb_out(verb) for verb in step.verbs],
-        [rows_codec.row_out(row) for row in step.rows],
+        rows_codec.rows_out(step.rows),
         [[tensor.dtype.value, list(tensor.shape)] for tensor in frame.tensors],
         rows_codec.honoured_out(frame.honoured),
         [[mark.stage, mark.receive_s, mark.queue_s, mark.compute_s] for mark in frame.marks],
@@ -110,12 +110,30 @@ def _fence_out(fence: Fence) -> tuple[str, int]:
 
 @dataclass(slots=True)
 class _Partial:
-    frame: Frame
+    """A frame of which tensors are still arriving."""
+
+    fence: Fence
+    step: Step
+    honoured: tuple[Honoured, ...]
+    marks: tuple[StageMark, ...]
+    failure: StepFailed | None
     shapes: list[tuple[DType, tuple[int, ...]]]
     parts: int
-    received: int
-    filled_bytes: int
     data: bytearray
+    received: int = 0
+    filled_bytes: int = 0
+
+    def frame(self) -> Frame:
+        return Frame(self.fence, self.step, self._tensors(), self.honoured, self.marks, self.failure)
+
+    def _tensors(self) -> Boundary:
+        tensors, offset = [], 0
+        view = memoryview(self.data)
+        for dtype, shape in self.shapes:
+            size = prod(shape) * dtype.size_bytes
+            tensors.append(HostTensor(dtype, shape, view[offset : offset + size]))
+            offset += size
+        return tuple(tensors)
 
 
 class Decoder:
@@ -154,7 +172,7 @@ class Decoder:
 
     def _begin(self, fence: Fence, fields: Fields, payload: memoryview) -> Frame | None:
         if self._partial is not None:
-            raise WireError(f"step {self._partial.frame.step.id} is incomplete, but a new frame begins")
+            raise WireError(f"step {self._partial.step.id} is incomplete, but a new frame begins")
         step_id = fields.integer(0, 1 << 62)
         parts = fields.integer(1, _PARTS_MAX)
         step = rows_codec.step_in(step_id, fields, self._expect.vocab_size)
@@ -162,24 +180,18 @@ class Decoder:
         honoured = rows_codec.honoured_in(fields)
         marks = rows_codec.marks_in(fields)
         failure = fields.optional_sub("failure")
-        frame = Frame(
-            fence,
-            step,
-            honoured=honoured,
-            marks=marks,
-            failure=rows_codec.failure_in(failure) if failure is not None else None,
-        )
-        self._check_shapes(frame, declared)
+        failed = rows_codec.failure_in(failure) if failure is not None else None
+        self._check_shapes(step, failed, declared)
         total = sum(prod(shape) * dtype.size_bytes for dtype, shape in declared)
         if parts != max(1, -(-total // FRAME_PAYLOAD_BYTES_MAX)):
             raise WireError(f"{total} tensor bytes do not travel in {parts} parts")
-        self._partial = _Partial(frame, declared, parts, 0, 0, bytearray(total))
+        self._partial = _Partial(fence, step, honoured, marks, failed, declared, parts, bytearray(total))
         return self._fill(payload)
 
     def _continue(self, fields: Fields, payload: memoryview) -> Frame | None:
         step_id, number = fields.integer(0, 1 << 62), fields.integer(1, _PARTS_MAX)
         partial = self._partial
-        if partial is None or partial.frame.step.id != step_id or partial.received != number:
+        if partial is None or partial.step.id != step_id or partial.received != number:
             raise WireError(f"part {number} of step {step_id} arrived out of order")
         return self._fill(payload)
 
@@ -197,15 +209,17 @@ class Decoder:
         if partial.received < partial.parts:
             return None
         self._partial = None
-        return replace(partial.frame, tensors=_split(partial))
+        return partial.frame()
 
-    def _check_shapes(self, frame: Frame, declared: list[tuple[DType, tuple[int, ...]]]) -> None:
+    def _check_shapes(
+        self, step: Step, failure: StepFailed | None, declared: list[tuple[DType, tuple[int, ...]]]
+    ) -> None:
         """A computed frame with rows carries exactly the plan's boundary; any other carries no tensors."""
-        tokens = frame.step.token_count
-        specs = self._expect.boundary if tokens and frame.failure is None else ()
+        tokens = step.token_count
+        specs = self._expect.boundary if tokens and failure is None else ()
         expected = [(spec.dtype, (tokens, *spec.shape)) for spec in specs]
         if declared != expected:
-            raise WireError(f"step {frame.step.id} announces tensors {declared}; the plan says {expected}")
+            raise WireError(f"step {step.id} announces tensors {declared}; the plan says {expected}")
 
 
 def _unpack(message: bytes) -> tuple[list[object], memoryview]:
@@ -238,13 +252,3 @@ def _shape_in(item: object) -> tuple[DType, tuple[int, ...]]:
         raise WireError(f"unknown element type {text!r}")
     dims = Fields(fields.items("shape", 8), "shape")
     return DType(text), tuple(dims.integer(0, 1 << 32) for _ in range(len(dims)))
-
-
-def _split(partial: _Partial) -> Boundary:
-    tensors, offset = [], 0
-    view = memoryview(partial.data)
-    for dtype, shape in partial.shapes:
-        size = prod(shape) * dtype.size_bytes
-        tensors.append(HostTensor(dtype, shape, view[offset : offset + size]))
-        offset += size
-    return tuple(tensors)

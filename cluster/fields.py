@@ -6,6 +6,8 @@ A header is an array, not a map: it is shorter, and its order is the contract.
 from __future__ import annotations
 
 import math
+from array import array
+from typing import Literal
 
 from cluster.errors import WireError
 
@@ -56,6 +58,20 @@ class Fields:
         if not isinstance(value, bytes) or len(value) > bytes_max:
             raise WireError(f"{self._what}: expected at most {bytes_max} bytes, found {type(value).__name__}")
         return value
+
+    def integers(self, what: str, kind: Literal["i", "q"], count_max: int, low: int, high: int) -> array[int]:
+        """Integers in [low, high) that travel as one piece of bytes, little-endian: 32 bits each for i, 64 for q. They
+        are checked all at once."""
+        value = self._take()
+        values = array(kind)
+        if not isinstance(value, bytes) or len(value) % values.itemsize:
+            raise WireError(f"{self._what}.{what}: expected the bytes of integers, found {value!r:.60}")
+        if len(value) > count_max * values.itemsize:
+            raise WireError(f"{self._what}.{what}: expected an array of at most {count_max} items")
+        values.frombytes(value)
+        if values and not (low <= min(values) and max(values) < high):
+            raise WireError(f"{self._what}.{what}: expected integers in [{low}, {high})")
+        return values
 
     def items(self, what: str, count_max: int) -> list[object]:
         value = self._take()

@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import sys
 from array import array
+from functools import lru_cache
+from itertools import chain
 from typing import assert_never
+
+import msgpack
 
 from cluster.errors import WireError
 from cluster.fields import Fields
@@ -36,6 +40,7 @@ _SEED_MAX = 1 << 64
 _STAGES_MAX = 1024
 _REASON_CHARS_MAX = 2000
 _BANNED_MAX = 1024
+_DRAW_BYTES_MAX = 8 * _BANNED_MAX  # each banned id takes at most five
 
 assert sys.byteorder == "little", "token ids travel as little-endian int32; every supported machine is little-endian"
 
@@ -70,36 +75,46 @@ def _verb_in(item: object) -> CacheVerb:
             raise WireError(f"unknown cache verb {kind!r}")
 
 
-def row_out(row: Row) -> list[object]:
-    return [row.seq, row.start, array("i", row.tokens).tobytes(), _draw_out(row.draw), row.adapter]
+def rows_out(rows: tuple[Row, ...]) -> list[object]:
+    """The rows by columns, so that a stage that serves many sequences reads each column at once."""
+    return [
+        array("q", [row.seq for row in rows]).tobytes(),
+        array("i", [row.start for row in rows]).tobytes(),
+        array("i", [len(row.tokens) for row in rows]).tobytes(),
+        array("i", chain.from_iterable(row.tokens for row in rows)).tobytes(),
+        [_draw_out(row.draw) for row in rows],
+        [row.adapter for row in rows] if any(row.adapter is not None for row in rows) else [],
+    ]
 
 
-def _row_in(item: object, vocab_size: int) -> Row:
-    fields = Fields(item, "row")
-    seq, start = _seq(fields), _position(fields)
-    packed = fields.data(STEP_TOKENS_MAX * 4)
-    if not packed or len(packed) % 4:
-        raise WireError(f"a row's token ids take {len(packed)} bytes, which is no positive multiple of 4")
-    ids = array("i")
-    ids.frombytes(packed)
-    if min(ids) < 0 or max(ids) >= vocab_size:
-        raise WireError(f"a row holds a token id outside the vocabulary of {vocab_size}")
-    draw = fields.optional_sub("draw")
-    adapter = fields.optional_text(128)
-    return Row(
-        seq,
-        start,
-        tuple(ids),
-        _draw_in(draw) if draw is not None else None,
-        AdapterId(adapter) if adapter is not None else None,
-    )
+def _rows_in(fields: Fields, vocab_size: int) -> tuple[Row, ...]:
+    seqs = fields.integers("sequences", "q", STEP_ROWS_MAX, 0, _SEQUENCE_MAX)
+    starts = fields.integers("starts", "i", STEP_ROWS_MAX, 0, _POSITION_MAX)
+    lengths = fields.integers("lengths", "i", STEP_ROWS_MAX, 1, STEP_TOKENS_MAX + 1)
+    ids = fields.integers("vocabulary ids", "i", STEP_TOKENS_MAX, 0, vocab_size).tolist()
+    draws = fields.items("draws", STEP_ROWS_MAX)
+    adapters = fields.items("adapters", STEP_ROWS_MAX) or [None] * len(seqs)
+    if not len(seqs) == len(starts) == len(lengths) == len(draws) == len(adapters) or sum(lengths) != len(ids):
+        raise WireError("the columns of the rows differ in length")
+    if len(set(seqs)) != len(seqs):
+        raise WireError("two rows of one sequence in a step")
+    rows, at = [], 0
+    for seq, start, length, draw, adapter in zip(seqs, starts, lengths, draws, adapters, strict=True):
+        rows.append(Row(SequenceId(seq), start, tuple(ids[at : at + length]), _draw_in(draw), _adapter_in(adapter)))
+        at += length
+    return tuple(rows)
 
 
-def _draw_out(draw: Draw | None) -> list[object] | None:
+def _adapter_in(item: object) -> AdapterId | None:
+    return None if item is None else AdapterId(Fields([item], "adapter").text(128))
+
+
+def _draw_out(draw: Draw | None) -> bytes | None:
+    """A draw travels packed by itself: a sequence's draws are alike from step to step, and are read only once."""
     if draw is None:
         return None
     how = draw.sampling
-    return [
+    values = [
         draw.prompt_tokens,
         list(draw.banned),
         how.seed & (_SEED_MAX - 1),  # the noise counts modulo 2^64
@@ -112,9 +127,24 @@ def _draw_out(draw: Draw | None) -> list[object] | None:
         how.frequency_penalty,
         how.repetition_penalty,
     ]
+    packed: bytes = msgpack.packb(values)
+    return packed
 
 
-def _draw_in(fields: Fields) -> Draw:
+def _draw_in(item: object) -> Draw | None:
+    if item is None:
+        return None
+    if not isinstance(item, bytes) or len(item) > _DRAW_BYTES_MAX:
+        raise WireError(f"a draw: expected at most {_DRAW_BYTES_MAX} bytes, found {type(item).__name__}")
+    return _read_draw(item)
+
+
+@lru_cache(maxsize=2 * SEQUENCES_MAX)
+def _read_draw(packed: bytes) -> Draw:
+    try:
+        fields = Fields(msgpack.unpackb(packed), "draw")
+    except (ValueError, msgpack.UnpackException) as error:
+        raise WireError(f"a draw is not msgpack: {error}") from error
     prompt_tokens = _position(fields)
     banned = Fields(fields.items("banned", _BANNED_MAX), "banned")
     return Draw(
@@ -143,13 +173,7 @@ def _positive(value: float) -> float:
 def step_in(step_id: int, fields: Fields, vocab_size: int) -> Step:
     """Reads the verbs and rows of a frame."""
     verbs = tuple(_verb_in(item) for item in fields.items("verbs", STEP_VERBS_MAX))
-    rows = tuple(_row_in(item, vocab_size) for item in fields.items("rows", STEP_ROWS_MAX))
-    step = Step(StepId(step_id), verbs, rows)
-    if step.token_count > STEP_TOKENS_MAX:
-        raise WireError(f"step {step_id} holds {step.token_count} tokens; at most {STEP_TOKENS_MAX} are allowed")
-    if len({row.seq for row in rows}) != len(rows):
-        raise WireError(f"step {step_id} holds two rows of one sequence")
-    return step
+    return Step(StepId(step_id), verbs, _rows_in(fields.sub("rows"), vocab_size))
 
 
 def honoured_out(honoured: tuple[Honoured, ...]) -> list[list[int]]:
@@ -179,7 +203,7 @@ def result_out(result: StepDone | StepFailed) -> list[object]:
             return [
                 "done",
                 step,
-                [[item.seq, item.position, item.token] for item in drawn],
+                _drawn_out(drawn),
                 honoured_out(honoured),
                 [[mark.stage, mark.receive_s, mark.queue_s, mark.compute_s] for mark in marks],
             ]
@@ -194,8 +218,7 @@ def result_in(fields: Fields) -> StepDone | StepFailed:
     match kind:
         case "done":
             step = StepId(fields.integer(0, 1 << 62))
-            drawn = tuple(_drawn_in(item) for item in fields.items("drawn", STEP_ROWS_MAX))
-            return StepDone(step, drawn, honoured_in(fields), marks_in(fields))
+            return StepDone(step, _drawn_in(fields.sub("drawn")), honoured_in(fields), marks_in(fields))
         case "failed":
             return _failed_in(fields)
         case _:
@@ -217,9 +240,21 @@ def _failed_in(fields: Fields) -> StepFailed:
     return StepFailed(step, stage, reason, tuple(_seq(seqs) for _ in range(len(seqs))), honoured_in(fields))
 
 
-def _drawn_in(item: object) -> Drawn:
-    fields = Fields(item, "drawn")
-    return Drawn(_seq(fields), _position(fields), fields.integer(0, _POSITION_MAX))
+def _drawn_out(drawn: tuple[Drawn, ...]) -> list[bytes]:
+    return [
+        array("q", [item.seq for item in drawn]).tobytes(),
+        array("i", [item.position for item in drawn]).tobytes(),
+        array("i", [item.token for item in drawn]).tobytes(),
+    ]
+
+
+def _drawn_in(fields: Fields) -> tuple[Drawn, ...]:
+    seqs = fields.integers("sequences", "q", STEP_ROWS_MAX, 0, _SEQUENCE_MAX)
+    positions = fields.integers("positions", "i", STEP_ROWS_MAX, 0, _POSITION_MAX)
+    tokens = fields.integers("tokens", "i", STEP_ROWS_MAX, 0, _POSITION_MAX)
+    if not len(seqs) == len(positions) == len(tokens):
+        raise WireError("the columns of the drawn tokens differ in length")
+    return tuple(map(Drawn, map(SequenceId, seqs), positions, tokens))
 
 
 def _seq(fields: Fields) -> SequenceId:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cluster.codec import Decoder, Expectation, encode
 from cluster.errors import RequestError, StaleFrame, WireError
 from cluster.frames import Frame, Hello, Message, Outcome, StreamRole
-from cluster.limits import FRAME_PAYLOAD_BYTES_MAX, GRPC_MESSAGE_BYTES_MAX, STEP_ROWS_MAX
+from cluster.limits import FRAME_PAYLOAD_BYTES_MAX, GRPC_MESSAGE_BYTES_MAX, PROTOCOL_VERSION, STEP_ROWS_MAX
 from cluster.plan import Fence
 from cluster.steps import (
     Draw,
@@ -152,8 +152,8 @@ def test_another_epochs_frame_is_stale() -> None:
         (frame((Row(seq(1), 0, (VOCABULARY,)),)), "vocabulary"),
         (frame((Row(seq(1), 0, (1,)), Row(seq(1), 1, (1,)))), "two rows"),
         (frame(tuple(Row(seq(n), 0, (1,)) for n in range(STEP_ROWS_MAX + 1))), "array of at most"),
-        (frame((Row(seq(1), 0, (1,) * 2049),)), "bytes"),
-        (frame((Row(seq(1), 0, (1,) * 1500), Row(seq(2), 0, (1,) * 1500))), "tokens"),
+        (frame((Row(seq(1), 0, (1,) * 2049),)), "lengths"),
+        (frame((Row(seq(1), 0, (1,) * 1500), Row(seq(2), 0, (1,) * 1500))), "at most 2048"),
         (frame((Row(seq(1), -1, (1,)),)), "integer"),
     ],
 )
@@ -216,7 +216,7 @@ def test_damaged_messages_raise_wire_errors_and_nothing_else(data: st.DataObject
                     lambda inner: st.lists(inner, max_size=6), max_leaves=20))  # fmt: skip
 def test_headers_of_any_shape_raise_wire_errors_and_nothing_else(header: object) -> None:
     try:
-        packed = msgpack.packb([1, "f", FENCE.deployment, FENCE.epoch, header])
+        packed = msgpack.packb([PROTOCOL_VERSION, "f", FENCE.deployment, FENCE.epoch, header])
     except OverflowError:
         return
     with pytest.raises(WireError):

@@ -150,7 +150,7 @@ def _frame(stage: Stage, *, step: int = 1 << 40, parts: object = 1, verbs: objec
            tensors: object = (), fence: Fence | None = None, payload: bytes = b"") -> bytes:  # fmt: skip
     """A frame for `stage` with any of its parts replaced."""
     at = fence or stage.fence
-    some_row = [[1 << 40, 0, struct.pack("<2i", 9, 9), None, None]]
+    some_row = _columns([1 << 40], struct.pack("<2i", 9, 9), 2)
     return _message(
         [PROTOCOL_VERSION, "f", at.deployment, at.epoch, step, parts, verbs, some_row if rows is None else rows,
          tensors, [], [], None],
@@ -158,8 +158,26 @@ def _frame(stage: Stage, *, step: int = 1 << 40, parts: object = 1, verbs: objec
     )  # fmt: skip
 
 
-def _row(stage: Stage, tokens: bytes) -> bytes:
-    return _frame(stage, rows=[[1 << 40, 0, tokens, None, None]])
+def _columns(seqs: list[int], tokens: bytes, length: int, **columns: object) -> list[object]:
+    """Rows of these sequences with `length` tokens each, any column replaced."""
+    count = len(seqs)
+    rows: dict[str, object] = {
+        "seqs": struct.pack(f"<{count}q", *seqs),
+        "starts": bytes(4 * count),
+        "lengths": struct.pack("<i", length) * count,
+        "tokens": tokens,
+        "draws": [None] * count,
+        "adapters": [],
+    }
+    return [*(rows | columns).values()]
+
+
+def _row(stage: Stage, tokens: bytes, length: int = 1, **columns: object) -> bytes:
+    return _frame(stage, rows=_columns([1 << 40], tokens, length, **columns))
+
+
+_NINE = struct.pack("<i", 9)
+_NO_ROWS = _columns([], b"", 0)
 
 
 HUGE = 1 << 31
@@ -179,18 +197,28 @@ LATER_MESSAGES: dict[str, Callable[[Stage], list[bytes]]] = {
     "a tensor of 512 GiB": lambda stage: [_frame(stage, parts=524_288 >> 4, tensors=[["F32", [HUGE, 64]]])],
     "too many parts": lambda stage: [_frame(stage, parts=60_000, tensors=[["F32", [2, 64]]])],
     "a payload that is too short": lambda stage: [_frame(stage, tensors=[["F32", [2, 64]]], payload=bytes(100))],
-    "a payload that nobody announced": lambda stage: [_frame(stage, rows=[], payload=bytes(100))],
+    "a payload that nobody announced": lambda stage: [_frame(stage, rows=_NO_ROWS, payload=bytes(100))],
     "the second part of nothing": lambda stage: [
         _message([PROTOCOL_VERSION, "p", stage.fence.deployment, stage.fence.epoch, 7, 1], bytes(10))
     ],
     "a token outside the vocabulary": lambda stage: [_row(stage, struct.pack("<i", 1 << 30))],
     "a negative token": lambda stage: [_row(stage, struct.pack("<i", -1))],
     "half a token": lambda stage: [_row(stage, b"\x01\x00\x00")],
-    "a row without tokens": lambda stage: [_row(stage, b"")],
-    "3,000 tokens": lambda stage: [_row(stage, struct.pack("<i", 9) * 3000)],
-    "two rows of one sequence": lambda stage: [_frame(stage, rows=[[5, 0, struct.pack("<i", 9), None, None]] * 2)],
-    "100,000 verbs": lambda stage: [_frame(stage, verbs=[["d", 1]] * 50_000, rows=[])],
-    "an unknown verb": lambda stage: [_frame(stage, verbs=[["x", 1]], rows=[])],
+    "a row without tokens": lambda stage: [_row(stage, b"", 0)],
+    "a row of minus one token": lambda stage: [_row(stage, b"", -1)],
+    "3,000 tokens": lambda stage: [_row(stage, _NINE * 3000, 3000)],
+    "more tokens than the rows hold": lambda stage: [_row(stage, _NINE * 3)],
+    "fewer tokens than the rows hold": lambda stage: [_row(stage, _NINE, 2)],
+    "a negative start": lambda stage: [_row(stage, _NINE, starts=struct.pack("<i", -1))],
+    "more starts than rows": lambda stage: [_row(stage, _NINE, starts=bytes(8))],
+    "fewer draws than rows": lambda stage: [_row(stage, _NINE, draws=[])],
+    "a draw that is no draw": lambda stage: [_row(stage, _NINE, draws=[b"\xc1"])],
+    "a draw of a megabyte": lambda stage: [_row(stage, _NINE, draws=[bytes(1 << 20)])],
+    "more adapters than rows": lambda stage: [_row(stage, _NINE, adapters=[None, None])],
+    "a number as adapter": lambda stage: [_row(stage, _NINE, adapters=[5])],
+    "two rows of one sequence": lambda stage: [_frame(stage, rows=_columns([5, 5], _NINE * 2, 1))],
+    "100,000 verbs": lambda stage: [_frame(stage, verbs=[["d", 1]] * 50_000, rows=_NO_ROWS)],
+    "an unknown verb": lambda stage: [_frame(stage, verbs=[["x", 1]], rows=_NO_ROWS)],
     "fields missing": lambda stage: [_message([PROTOCOL_VERSION, "f", stage.fence.deployment, stage.fence.epoch, 1])],
 }
 
