@@ -13,6 +13,7 @@ PotluckError
 │   ├── LoadFailed             a node could not load its slice; carries the node
 │   ├── NoMulticast            mDNS cannot start here; machines must be named instead
 │   ├── NotReady               no plan is installed yet (HTTP 503)
+│   ├── DeadlineExceeded       a request took longer than it may (HTTP 408 or 504)
 │   ├── BadLogits              a model computed NaN or infinity, or nothing may be drawn
 │   └── StepTimeout            a step did not come back within its deadline
 └── WireError                  a frame or message that breaks the contract
@@ -89,6 +90,15 @@ class NoMulticast(ClusterError):
 
 class NotReady(ClusterError):
     """Nothing can be served yet."""
+
+
+class DeadlineExceeded(ClusterError):
+    """A request took too long. `code` names the limit; `asked`: the request set it itself."""
+
+    def __init__(self, message: str, *, code: str, asked: bool) -> None:
+        super().__init__(message)
+        self.code = code
+        self.asked = asked
 
 
 class BadLogits(ClusterError):

@@ -95,7 +95,18 @@ STOP_CHARS_MAX: Final = 512
 """Characters of one stop string; this much text may be held back before it is streamed."""
 
 QUEUED_REQUESTS_MAX: Final = 128
-"""Requests waiting for KV room; the next one gets 429. At 10 s an answer nobody waits for the 129th."""
+"""Choices waiting for KV room in a lane; the next one gets 429. At 10 s an answer nobody waits for the 129th."""
+
+QUEUED_PROMPT_TOKENS_MAX: Final = 1 << 19
+"""Prompt tokens waiting in a lane: 64 chats of 8,192 tokens. At 1,000 tokens a second they are nine minutes of prefill;
+a queue of long documents is full before it has 128 of them."""
+
+RETRY_AFTER_MAX_S: Final = 120.0
+"""The longest that a client is told to stay away; the queue's pace says little about later."""
+
+BATCH_PATIENCE_S: Final = 300.0
+"""A batch request that has waited this long no longer stands back for interactive ones: the lanes share equally, and
+what does not fit in front of it has to wait as well."""
 
 # -- Discovery -------------------------------------------------------------------------------------------
 
@@ -109,6 +120,21 @@ SIGHTING_ADDRESSES_MAX: Final = 16
 """Addresses kept of one advertisement: a machine with four cards has about twelve."""
 
 # -- Time ------------------------------------------------------------------------------------------------
+
+QUEUE_TIMEOUT_S: Final = 300.0
+"""An interactive request's wait for room. Official clients give up after 600 s: half of it is left for the answer."""
+
+BATCH_TIMEOUT_S: Final = 24 * 3600.0
+"""A batch request's wait for room, and its whole life: what is queued in the evening may run through the night."""
+
+FIRST_TOKEN_TIMEOUT_S: Final = 1800.0
+"""From room in the caches to the first token: 100,000 prompt tokens at 60 a second. Beyond it nobody waits."""
+
+BETWEEN_TOKENS_TIMEOUT_S: Final = 300.0
+"""Between two tokens of an answer: a sequence that had to give its room back waits this long for it."""
+
+REQUEST_TIMEOUT_S: Final = 2 * 3600.0
+"""An interactive request from its arrival to its last token: 36,000 tokens at five a second."""
 
 CONTROL_TIMEOUT_S: Final = 5.0
 """A unary control call on a LAN takes milliseconds; a machine that needs longer is suspect."""
@@ -138,3 +164,5 @@ assert WEIGHT_CHUNK_BYTES <= FRAME_PAYLOAD_BYTES_MAX
 assert HEARTBEAT_INTERVAL_S * 3 < HEARTBEAT_LOST_S < LEASE_TTL_S
 assert STEP_ROWS_MAX <= STEP_TOKENS_MAX and SEQUENCES_MAX <= STEP_VERBS_MAX
 assert STEP_TIMEOUT_S < FIRST_STEP_TIMEOUT_S
+assert STEP_TIMEOUT_S < BETWEEN_TOKENS_TIMEOUT_S <= FIRST_TOKEN_TIMEOUT_S <= REQUEST_TIMEOUT_S <= BATCH_TIMEOUT_S
+assert BATCH_PATIENCE_S <= QUEUE_TIMEOUT_S <= REQUEST_TIMEOUT_S

@@ -19,12 +19,12 @@ from cluster.placement import Ask, sequences_max
 from cluster.plan import Fence, Plan
 from cluster.transport import Credentials
 from cluster.types import DeploymentId, Epoch, HostId, NodeId
+from coordinator.admission import Room
 from coordinator.gathering import Broken, Wait, decide
 from coordinator.happenings import Interrupted, Planned, Ready, Tell, Waiting
 from coordinator.install import Source, install
 from coordinator.opening import OpenModel
 from coordinator.roster import Roster
-from coordinator.scheduler import Room
 from coordinator.service import InferenceService
 from coordinator.serving import Serving
 

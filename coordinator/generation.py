@@ -12,6 +12,7 @@ from typing import Protocol
 
 from cluster.errors import RequestError
 from cluster.steps import Sampling
+from coordinator.lanes import Lane
 from coordinator.sequence import EndReason
 from coordinator.text.model import TextModel
 
@@ -38,6 +39,9 @@ class GenerationRequest:
     min_tokens: int  # below this the `eos_ids` may not be drawn
     ignore_eos: bool  # they may be drawn and do not end the choice
     eos_ids: frozenset[int]
+    client: str = ""  # whoever asks; clients take turns
+    lane: Lane = Lane.INTERACTIVE
+    timeout_s: float | None = None  # for everything, from the arrival to the last token
 
     def choices(self, context_tokens: int) -> Iterator[Choice]:
         """The sequences to generate. The noise knows a choice's place among the n of its prompt, not its index: a

@@ -1,22 +1,22 @@
-"""Decides what each step computes. A pure state machine: it is told what happened and answers with steps and
-events; it has no clock, no tasks and no sockets.
+"""Decides what each step computes. A pure state machine: it is told what happened, and when, and answers with steps
+and events; it has no clock, no tasks and no sockets.
 
 Decode rows go first, then prefill chunks within a token budget. With P stages, P steps are in flight and the
-decoding sequences are spread over them. Room in the cache is reserved for the worst case at admission, so a
-running sequence never has to be thrown out.
+decoding sequences are spread over them. Who has room in the caches is `admission`'s to say.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from cluster.errors import AtCapacity, RequestError
-from cluster.limits import QUEUED_REQUESTS_MAX, SEQUENCES_MAX, STEP_ROWS_MAX
+from cluster.limits import STEP_ROWS_MAX
 from cluster.steps import CacheVerb, Drop, Row, Step, StepDone, StepFailed, StepOutcome, Trim
 from cluster.types import SequenceId, StepId
-from coordinator.sequence import EndReason, RunningSequence, SequenceAsk
+from coordinator.admission import Admission, Room
+from coordinator.deadlines import Limit, Times
+from coordinator.lanes import Turns
+from coordinator.sequence import EndReason, SequenceAsk, SequenceState
 
 PREFILL_BUDGET_TOKENS = 512
 """New tokens in one step. A chunk of this size keeps matrix products efficient and makes running answers wait
@@ -41,72 +41,77 @@ class SequenceFailed:
     reason: str
 
 
-Event = TokenDrawn | SequenceEnded | SequenceFailed
-
-
 @dataclass(frozen=True, slots=True)
-class Room:
-    """What the installed plan offers."""
+class SequenceExpired:
+    """It took longer than `seconds`, which a limit of its own or of the server allows."""
 
-    stages: int
-    kv_tokens: int
-    context_tokens: int
-    sequences: int = SEQUENCES_MAX  # live at once, whatever their length
+    seq: SequenceId
+    limit: Limit
+    seconds: float
+    asked: bool  # the limit was the request's own
+
+
+Event = TokenDrawn | SequenceEnded | SequenceFailed | SequenceExpired
 
 
 class Scheduler:
-    """The sequences of one installed plan."""
+    """The sequences of one installed plan. `now` is any clock's time in seconds that never goes back."""
 
     def __init__(self, room: Room, *, budget_tokens: int = PREFILL_BUDGET_TOKENS) -> None:
         self._room = room
         self._budget = budget_tokens
-        self._waiting: deque[SequenceAsk] = deque()
-        self._running: dict[SequenceId, RunningSequence] = {}
+        self._admission = Admission(room)
+        self._turns = Turns()  # of prompts to be computed
+        self._live: dict[SequenceId, SequenceState] = {}  # waiting or running
         self._in_flight: dict[StepId, tuple[Row, ...]] = {}
         self._verbs: list[CacheVerb] = []
-        self._reserved = 0
         self._next_step = 0
+        self._arrived = 0
 
     # -- What is asked -----------------------------------------------------------------------------------
 
-    def submit(self, asks: Sequence[SequenceAsk]) -> None:
+    def submit(self, asks: Sequence[SequenceAsk], now: float) -> None:
         """Queue the choices of one request: all of them, or AtCapacity and none."""
+        self._admission.check(asks, now)
         for ask in asks:
-            if ask.worst_case_tokens > self._room.context_tokens:
-                raise RequestError(
-                    f"{len(ask.prompt)} prompt tokens and {ask.max_tokens} to generate exceed the context of "
-                    f"{self._room.context_tokens} tokens",
-                    code="context_length_exceeded",
-                )
-        if len(self._waiting) + len(asks) > QUEUED_REQUESTS_MAX:
-            raise AtCapacity(
-                f"{len(self._waiting)} requests are waiting already; try again in a few seconds", retry_after_s=5.0
-            )
-        self._waiting.extend(asks)
+            state = self._live[ask.seq] = SequenceState(ask, self._arrived, Times(now))
+            self._arrived += 1
+            self._admission.submit(state)
 
     def cancel(self, seq: SequenceId) -> None:
         """Nobody wants this sequence any more; its cache is freed on every stage with the next step."""
-        self._waiting = deque(ask for ask in self._waiting if ask.seq != seq)
-        if seq in self._running:
-            self._finish(self._running[seq])
+        if seq in self._live:
+            self._finish(self._live[seq])
+
+    def expire(self, now: float) -> list[Event]:
+        """Whoever took too long ends here."""
+        events: list[Event] = []
+        for state in list(self._live.values()):
+            deadlines = state.ask.deadlines
+            limit = deadlines.passed(state.times, now)
+            if limit is not None:
+                asked = limit is Limit.TOTAL and deadlines.asked
+                events.append(SequenceExpired(state.ask.seq, limit, deadlines.seconds(limit), asked))
+                self._finish(state)
+        return events
 
     def fail_all(self, reason: str) -> list[Event]:
         """The pipeline is gone: everything ends here."""
-        lost = [*self._running, *(ask.seq for ask in self._waiting)]
-        self._running.clear()
-        self._waiting.clear()
+        lost = list(self._live)
+        self._live.clear()
+        self._admission.clear()
         self._in_flight.clear()
         self._verbs.clear()
-        self._reserved = 0
         return [SequenceFailed(seq, reason) for seq in lost]
 
     # -- What to do next ---------------------------------------------------------------------------------
 
-    def next_step(self) -> Step | None:
+    def next_step(self, now: float) -> Step | None:
         """The next step to dispatch, or None until an outcome or a request changes something."""
         if len(self._in_flight) >= self._room.stages:
             return None
-        self._admit()
+        # Drops come first in a step on every stage, so their room counts as free from here on.
+        self._verbs += [Drop(state.ask.seq) for state in self._admission.admit(now)]
         self._rewind()
         rows = tuple(self._rows())
         verbs, self._verbs = tuple(self._verbs), []
@@ -117,112 +122,107 @@ class Scheduler:
         self._in_flight[step.id] = rows
         return step
 
-    def _admit(self) -> None:
-        """First come, first served: a large request at the head is not overtaken, so it cannot starve."""
-        while self._waiting and len(self._running) < self._room.sequences:
-            need = self._waiting[0].worst_case_tokens
-            if self._reserved + need > self._room.kv_tokens:
-                return
-            ask = self._waiting.popleft()
-            self._running[ask.seq] = RunningSequence(ask)
-            self._reserved += need
-
     def _rewind(self) -> None:
         """Sequences hurt by a failed step are cut back once nothing of them is under way."""
-        for sequence in self._running.values():
-            if sequence.rewind_to is not None and sequence.in_flight == 0:
-                self._verbs.append(Trim(sequence.ask.seq, sequence.rewind_to))
-                sequence.trimming_to, sequence.rewind_to = sequence.rewind_to, None
+        for state in self._admission.running.values():
+            if state.rewind_to is not None and state.in_flight == 0:
+                self._verbs.append(Trim(state.ask.seq, state.rewind_to))
+                state.trimming_to, state.rewind_to = state.rewind_to, None
 
     def _rows(self) -> Iterator[Row]:
-        suspect = next((s for s in self._running.values() if s.alone and (s.decoding or s.prefilling)), None)
+        running = self._admission.running.values()
+        suspect = next((state for state in running if state.alone and (state.decoding or state.prefilling)), None)
         if suspect is not None:
             yield suspect.take_row(self._budget)
             return
-        decoding = [sequence for sequence in self._running.values() if sequence.decoding]
-        alive = sum(not sequence.over and sequence.generated > 0 for sequence in self._running.values())
+        decoding = [state for state in running if state.decoding]
+        alive = sum(state.generated > 0 and state.has_room for state in running)
         share = min(-(-alive // self._room.stages), STEP_ROWS_MAX, self._budget)
-        taken = 0
-        for sequence in decoding[:share]:
-            yield sequence.take_row(1)
-            taken += 1
-        left = self._budget - taken
-        for sequence in self._running.values():
-            if left <= 0 or taken >= STEP_ROWS_MAX:
-                return
-            if sequence.prefilling and not sequence.alone:
-                row = sequence.take_row(left)
-                left -= len(row.tokens)
-                taken += 1
-                yield row
+        for state in decoding[:share]:
+            yield state.take_row(1)
+        taken = len(decoding[:share])
+        yield from self._prefill(STEP_ROWS_MAX - taken, self._budget - taken)
+
+    def _prefill(self, rows: int, tokens: int) -> Iterator[Row]:
+        """Chunks of prompts, by lane and client in turns; a client's own in the order in which they came."""
+        left = [state for state in self._admission.running.values() if state.prefilling and not state.alone]
+        while left and rows > 0 and tokens > 0:
+            lane = self._turns.lanes({state.ask.lane for state in left})[0]
+            present = sorted((state for state in left if state.ask.lane is lane), key=lambda state: state.number)
+            client = self._turns.client(lane, (state.ask.client for state in present))
+            state = next(state for state in present if state.ask.client == client)
+            row = state.take_row(tokens)
+            left.remove(state)
+            rows, tokens = rows - 1, tokens - len(row.tokens)
+            self._turns.serve(lane, client, len(row.tokens))
+            yield row
 
     # -- What happened -----------------------------------------------------------------------------------
 
-    def complete(self, outcome: StepOutcome) -> list[Event]:
+    def complete(self, outcome: StepOutcome, now: float) -> list[Event]:
         """A step came back. Outcomes of unknown steps are ignored: fail_all may have overtaken them."""
         rows = self._in_flight.pop(outcome.step, None)
         if rows is None:
             return []
         for row in rows:
-            if row.seq in self._running:
-                self._running[row.seq].in_flight -= 1
+            if row.seq in self._live:
+                self._live[row.seq].in_flight -= 1
         for kept in outcome.honoured:
-            if kept.seq in self._running:
-                self._running[kept.seq].cut_to(kept.length)
+            if kept.seq in self._admission.running:
+                self._admission.running[kept.seq].cut_to(kept.length)
         match outcome:
             case StepDone():
-                return self._done(outcome, rows)
+                return self._done(outcome, rows, now)
             case StepFailed():
                 return self._failed(outcome, rows)
 
-    def _done(self, outcome: StepDone, rows: tuple[Row, ...]) -> list[Event]:
+    def _done(self, outcome: StepDone, rows: tuple[Row, ...], now: float) -> list[Event]:
         events: list[Event] = []
         for row in rows:
-            if row.seq in self._running:
-                self._running[row.seq].alone = False  # it does not fail by itself
+            if row.seq in self._live:
+                self._live[row.seq].alone = False  # it does not fail by itself
         for drawn in outcome.drawn:
-            running = self._running.get(drawn.seq)
-            if running is None or running.over:
+            state = self._live.get(drawn.seq)
+            if state is None:
                 continue
-            reason = running.accept(drawn.token)
+            reason = state.accept(drawn.token, now)
             events.append(TokenDrawn(drawn.seq, drawn.token))
             if reason is not None:
                 events.append(SequenceEnded(drawn.seq, reason))
-                self._finish(running)
+                self._finish(state, well=True)
         return events
 
     def _failed(self, outcome: StepFailed, rows: tuple[Row, ...]) -> list[Event]:
         """The blamed sequences fail. Where nobody is to blame alone, each row is tried again by itself."""
         events: list[Event] = []
         for row in rows:
-            sequence = self._running.get(row.seq)
-            if sequence is None or sequence.over:
+            state = self._live.get(row.seq)
+            if state is None:
                 continue
             # A chunk that followed the failed one does not continue the cache. That is not the sequence's fault.
-            if row.seq in outcome.seqs and sequence.rewind_to is None:
+            if row.seq in outcome.seqs and state.rewind_to is None:
                 events.append(SequenceFailed(row.seq, outcome.reason))
-                self._finish(sequence)
+                self._finish(state)
             else:
-                sequence.alone = True
-                sequence.rewind(row.start)
+                state.alone = True
+                state.rewind(row.start)
         return events
 
-    def _finish(self, sequence: RunningSequence) -> None:
+    def _finish(self, state: SequenceState, *, well: bool = False) -> None:
         """Free the sequence's room. Steps under way still hold rows of it, but they precede the Drop everywhere."""
-        sequence.over = True
-        del self._running[sequence.ask.seq]
-        self._reserved -= sequence.ask.worst_case_tokens
-        self._verbs.append(Drop(sequence.ask.seq))
+        del self._live[state.ask.seq]
+        if self._admission.leave(state, well=well):
+            self._verbs.append(Drop(state.ask.seq))
 
     # -- What there is -----------------------------------------------------------------------------------
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return self._admission.waiting
 
     @property
     def running(self) -> int:
-        return len(self._running)
+        return len(self._admission.running)
 
     @property
     def in_flight(self) -> int:
@@ -230,4 +230,4 @@ class Scheduler:
 
     @property
     def reserved_tokens(self) -> int:
-        return self._reserved
+        return self._admission.reserved_tokens

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cluster.steps import Draw, Row, Sampling
 from cluster.types import SequenceId
+from coordinator.deadlines import SERVER_DEADLINES, Deadlines, Times
+from coordinator.lanes import Lane
 
 
 class EndReason(enum.StrEnum):
@@ -27,6 +29,10 @@ class SequenceAsk:
     min_tokens: int = 0
     ignore_eos: bool = False
     eos_ids: frozenset[int] = frozenset()
+    open_ended: bool = False  # max_tokens is what the context leaves, not what the client named
+    lane: Lane = Lane.INTERACTIVE
+    client: str = ""  # whose turns it takes
+    deadlines: Deadlines = SERVER_DEADLINES
 
     @property
     def worst_case_tokens(self) -> int:
@@ -35,18 +41,22 @@ class SequenceAsk:
 
 
 @dataclass(slots=True, eq=False)
-class RunningSequence:
-    """A running sequence. Positions below `sent` have been dispatched; at most the last token is still unsent
-    once the prompt is through."""
+class SequenceState:
+    """A sequence from its submission to its end. Positions below `sent` have been dispatched; at most the last token
+    is still unsent once the prompt is through."""
 
     ask: SequenceAsk
+    number: int  # in the order of arrival
+    times: Times
     tokens: list[int] = field(init=False)
+    promised: int = 0  # cache positions reserved for it; 0 while it waits
+    charged: int = 0  # tokens that counted as served to its client
+    thrown_out: int = 0  # how often it had to give its room back
     sent: int = 0
     in_flight: int = 0  # steps on their way that hold a row of this sequence
     alone: bool = False  # computed in steps of its own, since a step that it shared has failed
     rewind_to: int | None = None  # a failed step's start: cut back to it before going on
     trimming_to: int | None = None  # the cut is on its way
-    over: bool = False  # ended, failed or cancelled: nothing more may be sent
 
     def __post_init__(self) -> None:
         self.tokens = list(self.ask.prompt)
@@ -60,19 +70,36 @@ class RunningSequence:
         return len(self.tokens) - self.sent
 
     @property
+    def seniority(self) -> tuple[bool, int]:
+        """Less is more. Who was thrown out once no longer stands back for the other lane."""
+        return self.ask.lane is Lane.BATCH and self.thrown_out == 0, self.number
+
+    @property
+    def has_room(self) -> bool:
+        """Whether all of its tokens may be cached."""
+        return len(self.tokens) <= self.promised
+
+    @property
     def settled(self) -> bool:
         """Nothing of it needs to be put right before its next row."""
-        return not self.over and self.rewind_to is None and self.trimming_to is None
+        return self.rewind_to is None and self.trimming_to is None
 
     @property
     def prefilling(self) -> bool:
         """Several tokens to compute. Chunks follow each other through the pipeline without waiting."""
-        return self.settled and (self.unsent > 1 or (self.unsent == 1 and self.generated == 0))
+        return self.settled and self.has_room and (self.unsent > 1 or (self.unsent == 1 and self.generated == 0))
 
     @property
     def decoding(self) -> bool:
         """One drawn token to compute."""
-        return self.settled and self.unsent == 1 and self.generated > 0 and self.in_flight == 0
+        return self.settled and self.has_room and self.unsent == 1 and self.generated > 0 and self.in_flight == 0
+
+    def begin(self, promised: int, now: float) -> None:
+        """It has room from here on, and computes its tokens from the first one. None of its rows is under way."""
+        self.promised = promised
+        self.sent, self.rewind_to, self.trimming_to = 0, None, None
+        if self.times.admitted_s is None:
+            self.times = replace(self.times, admitted_s=now)
 
     def take_row(self, tokens_max: int) -> Row:
         """The next row, marked as sent. It draws when it holds the last token."""
@@ -98,9 +125,10 @@ class RunningSequence:
         masked = self.generated < ask.min_tokens
         return Draw(ask.sampling, len(ask.prompt), tuple(sorted(ask.eos_ids)) if masked else ())
 
-    def accept(self, token: int) -> EndReason | None:
+    def accept(self, token: int, now: float) -> EndReason | None:
         """Append a drawn token; tells whether the sequence ends with it."""
         self.tokens.append(token)
+        self.times = replace(self.times, token_s=now)
         ask = self.ask
         if token in ask.eos_ids and not ask.ignore_eos and self.generated > ask.min_tokens:
             return EndReason.STOP

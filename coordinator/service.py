@@ -10,9 +10,11 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, replace
 
-from cluster.errors import ClusterError, NotReady, PotluckError, RequestError
+from cluster.errors import ClusterError, DeadlineExceeded, NotReady, PotluckError, RequestError
+from cluster.limits import BATCH_TIMEOUT_S
 from cluster.steps import Sampling
 from cluster.types import SequenceId
+from coordinator.deadlines import SERVER_DEADLINES, Deadlines, Limit
 from coordinator.generation import (
     Choice,
     ChoiceEnd,
@@ -22,7 +24,8 @@ from coordinator.generation import (
     ServedModel,
     TokenEvent,
 )
-from coordinator.scheduler import Event, SequenceEnded, SequenceFailed, TokenDrawn
+from coordinator.lanes import Lane
+from coordinator.scheduler import Event, SequenceEnded, SequenceExpired, SequenceFailed, TokenDrawn
 from coordinator.sequence import SequenceAsk
 from coordinator.serving import Serving, first_token
 
@@ -31,6 +34,11 @@ _PROBE_TIMEOUT_S = 30.0
 
 _PROBE_FRESH_S = 5.0
 """A token that came out this recently proves as much as a new one."""
+
+_DEADLINES = {
+    Lane.INTERACTIVE: SERVER_DEADLINES,
+    Lane.BATCH: Deadlines(queue_s=BATCH_TIMEOUT_S, total_s=BATCH_TIMEOUT_S),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +135,8 @@ class InferenceService:
                         yield ChoiceEnd(index, reason)
                     case SequenceFailed(_, why):
                         raise ClusterError(why)
+                    case SequenceExpired():
+                        raise _too_late(event)
         finally:
             serving.cancel(list(mine.live.values()))
             del self._open[request.id]
@@ -152,4 +162,29 @@ def _ask(seq: SequenceId, choice: Choice, request: GenerationRequest) -> Sequenc
         request.min_tokens,
         request.ignore_eos,
         request.eos_ids,
+        open_ended=request.max_tokens is None,
+        lane=request.lane,
+        client=request.client,
+        deadlines=_deadlines(request),
     )
+
+
+def _deadlines(request: GenerationRequest) -> Deadlines:
+    ours = _DEADLINES[request.lane]
+    if request.timeout_s is None or request.timeout_s >= ours.total_s:
+        return ours
+    return replace(ours, total_s=request.timeout_s, asked=True)
+
+
+def _too_late(event: SequenceExpired) -> DeadlineExceeded:
+    within = f"within {event.seconds:g} s"
+    match event.limit:
+        case Limit.QUEUE:
+            message = f"no room for this request {within}; every place is taken by others"
+        case Limit.FIRST_TOKEN:
+            message = f"no first token {within} after the request had left the queue"
+        case Limit.BETWEEN_TOKENS:
+            message = f"no further token {within}"
+        case Limit.TOTAL:
+            message = f"the answer was not complete {within}" + (", the request's timeout" if event.asked else "")
+    return DeadlineExceeded(message, code=f"{event.limit.value}_timeout", asked=event.asked)

@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Callable, Sequence
 
 from cluster.errors import NotReady, PotluckError
 from cluster.types import SequenceId
+from coordinator.admission import Room
 from coordinator.pipeline import Pipeline, TimedOutcome
-from coordinator.scheduler import Event, Room, Scheduler, SequenceFailed, TokenDrawn
+from coordinator.scheduler import Event, Scheduler, SequenceEnded, SequenceExpired, SequenceFailed, TokenDrawn
 from coordinator.sequence import SequenceAsk
 from coordinator.telemetry import Telemetry
 
 Listener = Callable[[Event], None]
 
+_DEADLINE_TICK_S = 0.1
+"""How late a deadline may be noticed. They are seconds; looking costs microseconds."""
+
 
 class Serving:
     """Lives as long as its pipeline."""
 
-    def __init__(self, pipeline: Pipeline, room: Room) -> None:
+    def __init__(self, pipeline: Pipeline, room: Room, now: Callable[[], float] = time.monotonic) -> None:
         self.room = room
         self.telemetry = Telemetry()
         self._scheduler = Scheduler(room)
@@ -31,15 +36,18 @@ class Serving:
         self._listeners: dict[SequenceId, Listener] = {}
         self._ids = itertools.count(1)
         self._over = ""
+        self._now = now
 
     async def run(self) -> None:
         """Serve until the pipeline breaks; then every sequence has failed and the reason is raised."""
+        watch = asyncio.create_task(self._watch_deadlines())
         try:
             await self._pipeline.run(self._on_outcome)
         except PotluckError as error:
             self.end(str(error))
             raise
         finally:
+            watch.cancel()
             self.end("the coordinator is stopping")
             await self._pipeline.close()
 
@@ -56,7 +64,7 @@ class Serving:
         """Take the choices of one request: all of them, or an error and none."""
         if self._over:
             raise NotReady(self._over)
-        self._scheduler.submit(asks)
+        self._scheduler.submit(asks, self._now())
         for ask in asks:
             self._listeners[ask.seq] = listener
         self._pump()
@@ -73,12 +81,20 @@ class Serving:
         """Sequences waiting, sequences running, cache positions reserved."""
         return self._scheduler.waiting, self._scheduler.running, self._scheduler.reserved_tokens
 
+    async def _watch_deadlines(self) -> None:
+        while True:
+            await asyncio.sleep(_DEADLINE_TICK_S)
+            expired = self._scheduler.expire(self._now())
+            if expired:
+                self._pump()
+                self._deliver(expired)
+
     def _pump(self) -> None:
-        while not self._over and (step := self._scheduler.next_step()) is not None:
+        while not self._over and (step := self._scheduler.next_step(self._now())) is not None:
             self._pipeline.send(step)
 
     def _on_outcome(self, timed: TimedOutcome) -> None:
-        events = self._scheduler.complete(timed.outcome)
+        events = self._scheduler.complete(timed.outcome, self._now())
         self._pump()
         drawn = sum(isinstance(event, TokenDrawn) for event in events)
         self.telemetry.note(timed, drawn=drawn, decode_only=0 < timed.tokens == timed.rows)
@@ -110,5 +126,10 @@ async def first_token(serving: Serving, ask: SequenceAsk, timeout_s: float) -> N
         raise PotluckError(f"no token came out within {timeout_s:.0f} s") from error
     finally:
         serving.cancel([ask.seq])
-    if isinstance(event, SequenceFailed):
-        raise PotluckError(event.reason)
+    match event:
+        case SequenceFailed():
+            raise PotluckError(event.reason)
+        case SequenceExpired():
+            raise PotluckError(f"no token came out within {event.seconds:.0f} s")
+        case TokenDrawn() | SequenceEnded():
+            pass

@@ -26,7 +26,7 @@ from coordinator.api.prompts import Prompts, check_fit
 from coordinator.api.reading import Reader, read_body
 from coordinator.api.responding import Shape, respond
 from coordinator.api.schema import Options
-from coordinator.api.security import HostCheck
+from coordinator.api.security import HostCheck, client_of
 from coordinator.generation import GenerationRequest, Generator, ServedModel
 
 
@@ -79,13 +79,13 @@ def _generation(service: Generator, reader: Reader, api: Api) -> Endpoint:
         model = service.model()
         if model is None or model.context_tokens is None:
             raise NotReady((await service.ready()).reason or f"the coordinator is {service.phase()}")
-        job = await reader.understand(body, partial(_job, api, model, model.context_tokens))
+        job = await reader.understand(body, partial(_job, api, model, model.context_tokens, client_of(request)))
         return await respond(service, job, api, request.receive)
 
     return endpoint
 
 
-def _job(api: Api, model: ServedModel, context_tokens: int, body: object) -> Job:
+def _job(api: Api, model: ServedModel, context_tokens: int, client: str, body: object) -> Job:
     """Everything about a request that can be known before it runs. Long ones are understood in a thread."""
     options, prompts = api.read(body, model, context_tokens)
     check_fit(prompts, options, context_tokens, api.prompt_field)
@@ -99,6 +99,9 @@ def _job(api: Api, model: ServedModel, context_tokens: int, body: object) -> Job
         min_tokens=options.min_tokens,
         ignore_eos=options.ignore_eos,
         eos_ids=model.text.eos_ids,
+        client=client,
+        lane=options.lane,
+        timeout_s=options.timeout_s,
     )
     return Job(id, int(time.time()), model, options, request, api.continues)
 

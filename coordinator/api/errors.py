@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from cluster.errors import AtCapacity, ClusterError, NotReady, RequestError
+from cluster.errors import AtCapacity, ClusterError, DeadlineExceeded, NotReady, RequestError
 
 _LOG: Final = logging.getLogger("potluck.api")
 
@@ -62,6 +62,12 @@ def problem_of(error: Exception) -> Problem:
             status = _STATUS_OF_CODE.get(error.code or "", 400)
             headers = {"Connection": "close"} if status in (408, 413) else {}  # the rest of the body was not read
             return Problem(status, "invalid_request_error", str(error), error.field, error.code, headers)
+        case DeadlineExceeded(asked=True):
+            # Official clients try again after a 408, unless they are told not to: this one asked for it.
+            headers = {"x-should-retry": "false"}
+            return Problem(408, "timeout_error", str(error), "timeout", error.code, headers)
+        case DeadlineExceeded():
+            return Problem(504, "timeout_error", str(error), None, error.code)
         case NotReady():
             return Problem(503, "server_error", str(error), None, "not_ready", {"Retry-After": str(NOT_READY_RETRY_S)})
         case ClusterError():

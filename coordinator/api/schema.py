@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from cluster.errors import RequestError
-from cluster.limits import CHOICES_MAX, STOP_CHARS_MAX, STOPS_MAX
+from cluster.limits import BATCH_TIMEOUT_S, CHOICES_MAX, STOP_CHARS_MAX, STOPS_MAX
 from cluster.steps import Sampling
 from coordinator.api.fields import Fields, checked_text, shown
+from coordinator.lanes import Lane
 from coordinator.text.model import SamplingDefaults
 
 COMPLETION_TOKENS_DEFAULT: Final = 16
@@ -18,6 +19,15 @@ COMPLETION_TOKENS_DEFAULT: Final = 16
 
 _INT32_MAX: Final = 2**31 - 1
 _SEED_MIN, _SEED_MAX = -(2**63), 2**63 - 1
+
+_LANE_OF_TIER: Final = {
+    "auto": Lane.INTERACTIVE,
+    "default": Lane.INTERACTIVE,
+    "priority": Lane.INTERACTIVE,
+    "flex": Lane.BATCH,
+    "batch": Lane.BATCH,
+}
+"""OpenAI's tiers; `auto` leaves it to us, so it contradicts nothing."""
 
 Neutral = Mapping[str, Sequence[object]]
 
@@ -39,7 +49,6 @@ NEUTRAL_IN_CHATS: Final[Neutral] = {
     "top_logprobs": (0,),
     "modalities": (["text"],),
     "store": (False,),
-    "service_tier": ("auto", "default"),
     "metadata": ({},),
     "verbosity": ("medium",),
     "add_generation_prompt": (True,),
@@ -63,6 +72,8 @@ class Options:
     stream: bool
     include_usage: bool
     return_token_ids: bool
+    lane: Lane
+    timeout_s: float | None
 
 
 def read_options(fields: Fields, defaults: SamplingDefaults, *, chat: bool) -> Options:
@@ -82,6 +93,8 @@ def read_options(fields: Fields, defaults: SamplingDefaults, *, chat: bool) -> O
         stream=stream,
         include_usage=_read_include_usage(fields, stream),
         return_token_ids=fields.flag("return_token_ids"),
+        lane=_read_lane(fields),
+        timeout_s=fields.number("timeout", 0, BATCH_TIMEOUT_S, above=True),
     )
     # These name the client's own user or cache bucket; they ask for nothing here.
     for label in ("user", "safety_identifier", "prompt_cache_key"):
@@ -144,6 +157,18 @@ def _read_stops(fields: Fields) -> tuple[str, ...]:
     if not all(1 <= len(text) <= STOP_CHARS_MAX for text in texts):
         fields.fail("stop", f"strings of 1 to {STOP_CHARS_MAX} characters", max(texts, key=len) if all(texts) else "")
     return texts
+
+
+def _read_lane(fields: Fields) -> Lane:
+    """`priority` is our word for it, `service_tier` OpenAI's."""
+    priority = fields.one_of("priority", list(Lane))
+    tier = fields.one_of("service_tier", list(_LANE_OF_TIER))
+    lane = None if priority is None else Lane(priority)
+    if tier is not None and tier != "auto" and lane not in (None, _LANE_OF_TIER[tier]):
+        raise RequestError(
+            f"priority ({priority}) and service_tier ({tier}) say different things; send one of them", field="priority"
+        )
+    return lane or _LANE_OF_TIER[tier or "auto"]
 
 
 def _read_include_usage(fields: Fields, stream: bool) -> bool:

@@ -7,11 +7,13 @@ own. There are no CORS headers: other origins may not read answers.
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 from collections.abc import Collection
 from typing import Final
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from coordinator.api.errors import Problem
@@ -55,6 +57,14 @@ class HostCheck:
             return False
         # Reachable from the network: addresses, names without a dot and private names cannot be an outsider's.
         return _is_address(name) or "." not in name or name.endswith(_PRIVATE_SUFFIXES)
+
+
+def client_of(request: Request) -> str:
+    """Who takes turns with whom: an address, and the key that it sent. Keys are not checked here, and many programs
+    send the same made-up one, so a key alone would make one client of many machines."""
+    address = request.client.host if request.client else ""
+    key = request.headers.get("authorization", "")
+    return f"{address} {hashlib.sha256(key.encode()).hexdigest()[:16]}" if key else address
 
 
 def hostname(host: str) -> str:

@@ -15,12 +15,12 @@ from collections.abc import Mapping
 
 from cluster.cli.running import run_async
 from cluster.transport import Credentials
+from coordinator.admission import Room
 from coordinator.api.app import create_app
 from coordinator.builtin import demo_model_path
 from coordinator.generation import ServedModel
 from coordinator.http import listen, serve_http
 from coordinator.pipeline import Pipeline
-from coordinator.scheduler import Room
 from coordinator.service import InferenceService
 from coordinator.serving import Serving
 from coordinator.text.model import load_text_model

@@ -17,7 +17,8 @@ from cluster.plan import Fence
 from cluster.rewinding import WaysBack
 from cluster.steps import Boundary, Row, Sampling
 from cluster.types import DeploymentId, Epoch, SequenceId
-from coordinator.scheduler import Room, Scheduler, SequenceFailed, TokenDrawn
+from coordinator.admission import Room
+from coordinator.scheduler import Scheduler, SequenceFailed, TokenDrawn
 from coordinator.sequence import SequenceAsk
 from node.engine import Engine, Logits
 from node.stage import StageRunner
@@ -61,12 +62,13 @@ class Pipeline:
     def answer(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
         greedy = Sampling(seed=0, temperature=0.0)
         self.scheduler.submit(
-            [SequenceAsk(SequenceId(i), tuple(prompt), greedy, count) for i, prompt in enumerate(prompts)]
+            [SequenceAsk(SequenceId(i), tuple(prompt), greedy, count) for i, prompt in enumerate(prompts)],
+            0.0,
         )
         drawn: list[list[int]] = [[] for _ in prompts]
         under_way: deque[Frame] = deque()
         while True:
-            while (step := self.scheduler.next_step()) is not None:
+            while (step := self.scheduler.next_step(0.0)) is not None:
                 passed = self.stages[0].run(Frame(FENCE, step), receive_s=0.0, queue_s=0.0)
                 assert isinstance(passed, Frame)
                 under_way.append(passed)
@@ -75,7 +77,7 @@ class Pipeline:
             outcome = self.stages[1].run(under_way.popleft(), receive_s=0.0, queue_s=0.0)
             assert isinstance(outcome, Outcome)
             self.kept += [kept.length for kept in outcome.result.honoured]
-            for event in self.scheduler.complete(outcome.result):
+            for event in self.scheduler.complete(outcome.result, 0.0):
                 assert not isinstance(event, SequenceFailed), event.reason
                 if isinstance(event, TokenDrawn):
                     drawn[event.seq].append(event.token)

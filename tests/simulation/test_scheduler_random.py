@@ -15,7 +15,9 @@ import pytest
 
 from cluster.steps import Drawn, Drop, Fork, Honoured, Sampling, Step, StepDone, StepFailed, StepOutcome, Trim
 from cluster.types import SequenceId
-from coordinator.scheduler import Room, Scheduler, SequenceEnded, SequenceFailed, TokenDrawn
+from coordinator.admission import Room
+from coordinator.lanes import Lane
+from coordinator.scheduler import Scheduler, SequenceEnded, SequenceFailed, TokenDrawn
 from coordinator.sequence import SequenceAsk
 
 END = 0
@@ -88,6 +90,9 @@ def simulate(seed: int) -> None:
             tuple(rng.randint(1, 9) for _ in range(rng.randint(1, 40))),
             Sampling(seed=number),
             max_tokens=rng.randint(1, 20),
+            open_ended=rng.random() < 0.5,
+            lane=rng.choice(list(Lane)),
+            client=rng.choice("ab"),
             min_tokens=rng.randint(0, 3),
             eos_ids=frozenset({END}),
         )
@@ -100,19 +105,19 @@ def simulate(seed: int) -> None:
     for _ in range(STEPS_MAX):
         if asks and rng.random() < 0.3:
             submitted.append(asks.popleft())
-            scheduler.submit([submitted[-1]])
+            scheduler.submit([submitted[-1]], 0.0)
         if submitted and rng.random() < 0.02:
             victim = rng.choice(submitted).seq
             if victim not in ended:
                 cancelled.add(victim)
                 scheduler.cancel(victim)
-        while (step := scheduler.next_step()) is not None:
+        while (step := scheduler.next_step(0.0)) is not None:
             pipeline.append(step)
         if not pipeline:
             if not asks:
                 break
             continue
-        for event in scheduler.complete(stages.run(pipeline.popleft())):
+        for event in scheduler.complete(stages.run(pipeline.popleft()), 0.0):
             assert event.seq not in ended, f"seed {seed}: sequence {event.seq} ended twice"
             assert event.seq not in cancelled, f"seed {seed}: an event of cancelled sequence {event.seq}"
             match event:

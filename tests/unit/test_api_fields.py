@@ -37,6 +37,7 @@ def refused(*, chat: bool = True, **body: object) -> RequestError:
         ("max_tokens", -1), ("max_completion_tokens", 0), ("min_tokens", -1), ("ignore_eos", 1), ("stream", "true"),
         ("return_token_ids", "yes"), ("stop", ""), ("stop", ["a", ""]), ("stop", 3), ("stop", ["a"] * 17),
         ("stop", ["x" * 513]), ("stop", [3]), ("stop", "\ud800"), ("model", 3), ("user", 3), ("user", ["a"]),
+        ("priority", "high"), ("priority", 1), ("timeout", 0), ("timeout", "5s"), ("timeout", 1e6),
     ],
 )  # fmt: skip
 def test_a_value_out_of_type_or_range_names_its_field(field: str, value: object) -> None:
@@ -49,7 +50,7 @@ def test_a_value_out_of_type_or_range_names_its_field(field: str, value: object)
         ("tools", [{"type": "function"}]), ("tool_choice", "required"), ("tool_choice", {"type": "function"}),
         ("functions", [{"name": "f"}]), ("response_format", {"type": "json_object"}), ("logprobs", True),
         ("top_logprobs", 5), ("logit_bias", {"5": 1}), ("modalities", ["text", "audio"]), ("audio", {"voice": "x"}),
-        ("prediction", {"type": "content"}), ("store", True), ("service_tier", "flex"), ("metadata", {"a": "b"}),
+        ("prediction", {"type": "content"}), ("store", True), ("service_tier", "scale"), ("metadata", {"a": "b"}),
         ("reasoning_effort", "low"), ("verbosity", "low"), ("web_search_options", {}), ("chat_template", "x"),
         ("chat_template_kwargs", {"a": 1}), ("guided_json", "{}"), ("stop_token_ids", [1]), ("echo", True),
         ("best_of", 1), ("suffix", "x"), ("temprature", 1), ("messages2", []),
@@ -253,3 +254,30 @@ def test_any_messages_and_prompts_are_understood_or_refused(value: object) -> No
         read_messages(Fields({"messages": value}))
     with understood_or_refused_by_name():
         read_prompts(Fields({"prompt": value}), 10)
+
+
+@pytest.mark.parametrize(
+    ("body", "lane"),
+    [
+        ({}, "interactive"), ({"priority": "batch"}, "batch"), ({"priority": "interactive"}, "interactive"),
+        ({"service_tier": "flex"}, "batch"), ({"service_tier": "batch"}, "batch"),
+        ({"service_tier": "default"}, "interactive"), ({"service_tier": "priority"}, "interactive"),
+        ({"service_tier": "auto", "priority": "batch"}, "batch"),
+        ({"service_tier": "flex", "priority": "batch"}, "batch"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("chat", [True, False])
+def test_priority_and_service_tier_choose_the_lane(body: dict[str, object], lane: str, chat: bool) -> None:
+    assert options(chat=chat, **body).lane == lane
+
+
+@pytest.mark.parametrize(("priority", "tier"), [("batch", "default"), ("interactive", "flex")])
+def test_a_priority_that_contradicts_the_service_tier_names_both(priority: str, tier: str) -> None:
+    error = refused(priority=priority, service_tier=tier)
+    assert error.field == "priority"
+    assert "priority" in str(error) and "service_tier" in str(error)
+
+
+def test_a_timeout_is_in_seconds() -> None:
+    assert options(timeout=2.5).timeout_s == 2.5
+    assert options().timeout_s is None
