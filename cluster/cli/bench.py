@@ -1,16 +1,14 @@
 """`potluck bench`: how fast is an endpoint, ours or anybody's, for how many users at once?
 
-Owns: what is asked, of whom and in which order. The asking is `bench_client`, the arithmetic `bench_measures`, the
-showing `bench_report`.
+Owns: what is asked, of whom and in which order. The asking is `bench_endpoint` and `bench_client`, the arithmetic
+`bench_measures`, the showing `bench_report`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
-import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -18,12 +16,12 @@ from urllib.parse import urlsplit
 from rich.console import Console
 
 from cluster.cli import bench_report
-from cluster.cli.bench_client import Answer, Target, ask
-from cluster.cli.bench_measures import Load, Result, inside, measure
-from cluster.cli.bench_prompts import LONG_WORDS, SHORT_WORDS, UNKNOWN, TokenCost, text_of
+from cluster.cli.bench_client import Target
+from cluster.cli.bench_endpoint import BenchedEndpoint
+from cluster.cli.bench_measures import Load, Result
 from cluster.cli.endpoint import Endpoint
 from cluster.cli.running import run_async
-from cluster.errors import ClusterError, PotluckError, UsageError
+from cluster.errors import UsageError
 
 _KEY_VARIABLE = "POTLUCK_BENCH_KEY"
 _LOADS_MAX = 64  # more than anybody waits for
@@ -59,7 +57,9 @@ def bench_command(command: BenchCommand) -> int:
     endpoints = [("potluck", command.url), *(_named(text) for text in command.against)]
     if len({name for name, _ in endpoints}) < len(endpoints):
         raise UsageError("two endpoints of one name; expected --against NAME=URL with a name of its own for each")
-    benches = [_Bench(_target(name, url), command) for name, url in endpoints]
+    benches = [
+        BenchedEndpoint(_target(name, url), seed=command.seed, timeout_s=command.timeout_s) for name, url in endpoints
+    ]
     results: list[Result] = []
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     table = None if command.as_json else bench_report.Table(Console(highlight=False))
@@ -83,52 +83,6 @@ def bench_command(command: BenchCommand) -> int:
     if command.as_json:
         sys.stdout.write(bench_report.document(results) + "\n")
     return 1 if any(result.problems for result in results) else 0
-
-
-class _Bench:
-    """One endpoint under test."""
-
-    def __init__(self, target: Target, command: BenchCommand) -> None:
-        self.target = target
-        self._command = command
-        self._rng = random.Random(command.seed)  # noqa: S311 - words, not secrets
-        self._cost = UNKNOWN
-        self._extra: Mapping[str, object] = {}
-
-    async def prepare(self) -> None:
-        """Find out whether answers can be made to last, and what a word costs. Warms the endpoint up as well."""
-        answer = await self._ask(SHORT_WORDS, 4, {"ignore_eos": True})
-        if not answer.problem:
-            self._extra = {"ignore_eos": True}
-        else:  # not everybody's field: then an answer ends when the model ends it
-            answer = await self._ask(SHORT_WORDS, 4, {})
-            if answer.problem:
-                raise ClusterError(f"{self.target.name} does not answer: {answer.problem}")
-        longer = await self._ask(LONG_WORDS, 1, self._extra)
-        self._cost = TokenCost.from_counts(answer.prompt_tokens, longer.prompt_tokens) or UNKNOWN
-
-    async def run(self, load: Load) -> Result:
-        before = self._status()
-        prompts = self._cost.words_for(load.prompt_tokens)
-
-        async def user() -> list[Answer]:
-            return [await self._ask(prompts, load.output_tokens, self._extra) for _ in range(load.rounds)]
-
-        answers = [answer for each in await asyncio.gather(*(user() for _ in range(load.users))) for answer in each]
-        result = measure(self.target.name, load, answers, None)
-        return measure(self.target.name, load, answers, inside(before, self._status(), result.wall_s))
-
-    async def _ask(self, words: int, output_tokens: int, extra: Mapping[str, object]) -> Answer:
-        messages = [{"role": "user", "content": text_of(words, self._rng)}]
-        body = {"messages": messages, "max_tokens": output_tokens, "temperature": 0, **extra}
-        return await ask(self.target, body, self._command.timeout_s)
-
-    def _status(self) -> Mapping[str, object] | None:
-        """What a Potluck endpoint tells of itself; None from others."""
-        try:
-            return Endpoint(self.target.url.geturl(), timeout_s=10.0).get("/potluck/status")
-        except PotluckError:
-            return None
 
 
 def _target(name: str, url: str) -> Target:

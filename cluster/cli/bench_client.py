@@ -33,6 +33,7 @@ class Answer:
     prompt_tokens: int  # as the endpoint counts; 0 when it does not say
     cached_tokens: int
     tokens: int  # as the endpoint counts, else the pieces
+    text: str = ""
     problem: str = ""  # why there is no whole answer
 
     @property
@@ -67,6 +68,7 @@ async def ask(target: Target, body: Mapping[str, object], timeout_s: float) -> A
     body = {**body, "model": target.model, "stream": True, "stream_options": {"include_usage": True}}
     began_s = time.monotonic()
     pieces: list[float] = []
+    texts: list[str] = []
     usage: Mapping[str, object] = {}
     problem = ""
     try:
@@ -74,8 +76,9 @@ async def ask(target: Target, body: Mapping[str, object], timeout_s: float) -> A
             async for came_s, event in events:
                 if "error" in event:
                     raise ClusterError(_message(event))
-                if _has_text(event):
+                if (text := _text(event)) is not None:
                     pieces.append(came_s)
+                    texts.append(text)
                 told = event.get("usage")
                 usage = told if isinstance(told, dict) else usage
     except (PotluckError, OSError, h11.ProtocolError) as error:
@@ -90,6 +93,7 @@ async def ask(target: Target, body: Mapping[str, object], timeout_s: float) -> A
         prompt_tokens=_count(usage, "prompt_tokens"),
         cached_tokens=_count(details, "cached_tokens") if isinstance(details, dict) else 0,
         tokens=_count(usage, "completion_tokens") or len(pieces),
+        text="".join(texts),
         problem=problem,
     )
 
@@ -150,13 +154,15 @@ def _message(event: Mapping[str, object]) -> str:
     return str(error.get("message", error)) if isinstance(error, dict) else str(error)
 
 
-def _has_text(event: Mapping[str, object]) -> bool:
+def _text(event: Mapping[str, object]) -> str | None:
+    """The answer's new text; empty where a model thinks aloud, which is a sign of life like any other."""
     choices = event.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        return False
+        return None
     delta = choices[0].get("delta")
-    # Models that think aloud send that first; for whoever waits it is a sign of life like any other.
-    return isinstance(delta, dict) and bool(delta.get("content") or delta.get("reasoning_content"))
+    if not isinstance(delta, dict) or not (delta.get("content") or delta.get("reasoning_content")):
+        return None
+    return str(delta.get("content") or "")
 
 
 def _count(usage: Mapping[str, object], name: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -11,9 +12,12 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
+from cluster.cli.bench_client import Target
+from cluster.cli.bench_endpoint import BenchedEndpoint
 from tests.integration.live import Coordinator
 
 _FIRST_S, _GAP_S = 0.3, 0.05
@@ -122,6 +126,13 @@ def test_what_is_measured_is_what_the_endpoint_did(endpoint: _Endpoint) -> None:
         assert result["inside"] is None
     assert endpoint.most_at_once == 3
     assert three["tokens_s"] > 1.5 * alone["tokens_s"]
+
+
+def test_an_answer_is_known_by_its_text_too(endpoint: _Endpoint) -> None:
+    target = Target("tiny", urlsplit(endpoint.url), "tiny", None)
+    benched = BenchedEndpoint(target, seed=0, timeout_s=30.0)
+    answer = asyncio.run(benched.ask(benched.prompt(50), 3))
+    assert (answer.problem, answer.text, len(answer.pieces_s)) == ("", "xxx", 3)
 
 
 def test_an_endpoint_that_refuses_ignore_eos_is_measured_without(endpoint: _Endpoint) -> None:

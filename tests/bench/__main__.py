@@ -1,0 +1,133 @@
+"""Usage: python -m tests.bench [--only 1,3] [--forms dense,experts,dense4,experts4] [--quick] [--peers] [--write FILE]
+
+Prints rows as they are measured, then writes the page. A target that cannot be measured becomes a row that says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from cluster.errors import PotluckError, UsageError
+from tests.bench import cores
+from tests.bench.bench import Bench, bench_of
+from tests.bench.loads import FULL, QUICK, Effort
+from tests.bench.machine import Beside, machine
+from tests.bench.model import DENSE, EXPERTS, TRIAL, Form
+from tests.bench.page import quantity, render
+from tests.bench.rows import Row, Section, unmeasured
+from tests.bench.targets import beside_prefill, first_token, hops, many_users, one_core, one_user, second_turn
+
+PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+
+FORMS = {
+    "dense": Form(DENSE),
+    "experts": Form(EXPERTS),
+    "dense4": Form(DENSE, 4),
+    "experts4": Form(EXPERTS, 4),
+    "trial": Form(TRIAL),
+}
+_DEFAULT_FORMS = "dense,experts,dense4,experts4"
+
+Measure = Callable[[Bench], list[Row]]
+
+TARGETS: dict[int, Measure] = {
+    1: one_user.rows,
+    2: many_users.rows,
+    3: first_token.rows,
+    4: beside_prefill.rows,
+    5: second_turn.rows,
+    6: many_users.first_tokens,
+    7: hops.rows,
+    10: one_core.rows,
+}
+EVERY_FORM = (1, 2, 3, 5)
+"""What is measured on every form; the rest on the first one only."""
+
+
+def main() -> int:
+    options = _options()
+    cores.check()
+    os.sched_setaffinity(0, cores.client_cores())
+    effort = QUICK if options.quick else FULL
+    only = {int(number) for number in options.only.split(",")} if options.only else set(range(1, 11))
+    sections = []
+    with Beside() as beside:
+        for index, name in enumerate(options.forms.split(",")):
+            wanted = sorted(only & set(TARGETS) if index == 0 else only & set(EVERY_FORM))
+            if wanted:
+                sections.append(_section(FORMS[name], wanted, effort, options.backend))
+        if 7 in only:
+            sections.append(_alone("The coordinator by itself", 7, lambda: hops.coordinator_rows(effort.quick)))
+    used = ", ".join(map(str, cores.client_cores()))
+    text = render(sections, machine(), client_cores=used, beside=beside.told(), quick=options.quick)
+    options.write.write_text(text, encoding="utf-8")
+    sys.stdout.write(f"The page is {options.write}\n")
+    return 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description="Measure the project's targets.")
+    parser.add_argument("--only", metavar="N,...", default="", help="these targets (all)")
+    parser.add_argument("--forms", metavar="NAME,...", default=_DEFAULT_FORMS, help=f"of {', '.join(FORMS)}")
+    parser.add_argument("--quick", action="store_true", help="minutes in place of half an hour; numbers to look at")
+    parser.add_argument("--backend", default="torch", choices=("torch", "mlx"), help="the nodes' engine (torch)")
+    parser.add_argument("--write", type=Path, default=PAGE, metavar="FILE", help="the page (docs/benchmarks.md)")
+    options = parser.parse_args()
+    unknown = [name for name in options.forms.split(",") if name not in FORMS]
+    if unknown:
+        raise UsageError(f"expected --forms of {', '.join(FORMS)}, found {unknown[0]!r}")
+    return options
+
+
+def _section(form: Form, wanted: Sequence[int], effort: Effort, backend: str) -> Section:
+    """One form: its arms come up once, and every wanted target is measured on them."""
+    began_s = time.monotonic()
+    rows: list[Row] = []
+    sys.stdout.write(f"\n{form.title}\n")
+    with ExitStack() as stack:
+        state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="potluck-bench-")))
+        try:
+            bench = stack.enter_context(bench_of(form, effort, state, backend=backend))
+        except (PotluckError, AssertionError, OSError) as error:
+            rows += _said([unmeasured(number, "the arms did not come up", str(error)) for number in wanted])
+            return Section(form.title, rows, time.monotonic() - began_s)
+        for number in wanted:
+            rows += _said(_measured(number, lambda number=number: TARGETS[number](bench)))  # type: ignore[misc]
+    return Section(form.title, rows, time.monotonic() - began_s)
+
+
+def _alone(title: str, number: int, measure: Callable[[], list[Row]]) -> Section:
+    began_s = time.monotonic()
+    sys.stdout.write(f"\n{title}\n")
+    return Section(title, _said(_measured(number, measure)), time.monotonic() - began_s)
+
+
+def _measured(number: int, measure: Callable[[], list[Row]]) -> list[Row]:
+    try:
+        return measure()
+    # One target that breaks, for whatever reason, must not take the others' half an hour with it; the page says so.
+    except Exception as error:  # noqa: BLE001 - the reason is above
+        return [unmeasured(number, f"target {number}", f"{type(error).__name__}: {error}")]
+
+
+def _said(rows: list[Row]) -> list[Row]:
+    for row in rows:
+        value = "-" if row.value is None else quantity(row.value, row.unit)
+        ceiling = "" if row.ceiling is None else f" (ceiling {quantity(row.ceiling, row.unit)})"
+        sys.stdout.write(f"  {row.target:>2} {row.name}: {value}{ceiling} {row.verdict} {row.note}".rstrip() + "\n")
+        sys.stdout.flush()
+    return rows
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except PotluckError as error:
+        sys.exit(f"bench: {error}")

@@ -1,0 +1,96 @@
+"""Real clusters to measure: `potluck serve` and `potluck join` as processes, every node on a core of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from cluster.cli.bench_client import Target
+from cluster.cli.bench_endpoint import BenchedEndpoint
+from cluster.cli.endpoint import Endpoint
+from cluster.errors import ClusterError
+from tests.bench.cores import client_cores, node_core, pinned
+from tests.bench.model import Form, model_folder
+from tests.integration.live import joined, new_cluster, serving
+
+START_S = 300.0
+"""Hashing and loading 0.7 GB beside whatever else the machine does."""
+
+CONTEXT, USERS = 5120, 4
+"""A promise that holds the longest prompt of the table, and thirty-two short sequences at once."""
+
+MEMORY = "4GiB"
+
+ANSWER_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """Something that answers, and how its layers are cut: [first, last) of each stage; empty where nobody tells."""
+
+    name: str
+    endpoint: BenchedEndpoint
+    stages: tuple[tuple[int, int], ...]
+
+    def status(self) -> Mapping[str, Any]:
+        found = self.endpoint.status()
+        if found is None:
+            raise ClusterError(f"{self.name} does not tell of itself any more")
+        return found
+
+
+@contextlib.contextmanager
+def cluster_arm(
+    name: str, form: Form, nodes: int, state: Path, *, backend: str = "torch", options: Sequence[str] = ()
+) -> Iterator[Arm]:
+    """A cluster of `nodes` nodes that serves the model; ready when it is handed over."""
+    cluster, everywhere = new_cluster(), client_cores()
+    with contextlib.ExitStack() as stack:
+        children = [
+            stack.enter_context(
+                joined(
+                    f"node-{index}",
+                    backend,
+                    cluster,
+                    state / f"{name}-node-{index}",
+                    "--no-mdns",
+                    memory=MEMORY,
+                    prefix=pinned([node_core(index)]),
+                    env={"OMP_NUM_THREADS": "1"},
+                )
+            )
+            for index in range(nodes)
+        ]
+        peers = [word for child in children for word in ("--peer", str(child.wait_for("up", START_S)["addresses"][0]))]
+        packing = () if form.bits is None else ("--bits", str(form.bits))
+        coordinator = stack.enter_context(
+            serving(
+                model_folder(form.shape),
+                cluster,
+                state / f"{name}-coordinator",
+                *("--no-local-node", "--no-mdns", "--min-nodes", str(nodes), *peers, *packing, *options),
+                context=CONTEXT,
+                users=USERS,
+                prefix=pinned(everywhere),
+            )
+        )
+        coordinator.wait_ready(START_S)
+        arm = asked(name, coordinator.url)
+        stages = arm.status()["plan"]["stages"]
+        if len(stages) != nodes:
+            raise ClusterError(f"expected a stage on each of {nodes} nodes, found {len(stages)}")
+        yield Arm(arm.name, arm.endpoint, tuple((s["first_layer"], s["last_layer"]) for s in stages))
+
+
+def asked(name: str, url: str) -> Arm:
+    """An arm by the address of its OpenAI endpoint; it is asked a few questions to warm it up."""
+    endpoint = BenchedEndpoint(
+        Target(name, urlsplit(url), Endpoint(url).chat_model(), None), seed=0, timeout_s=ANSWER_TIMEOUT_S
+    )
+    asyncio.run(endpoint.prepare())
+    return Arm(name, endpoint, ())

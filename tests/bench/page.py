@@ -1,0 +1,79 @@
+"""docs/benchmarks.md from what was measured. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from tests.bench.rows import Row, Section
+
+_HEAD = """# Benchmarks
+
+Written by `make bench` (`make bench-peers` adds llama.cpp to the same run); do not edit. Every number of the last run
+stands here, good or bad. Ratios count: absolute figures do not travel to another machine.
+"""
+
+_METHOD = """## Method
+
+- **The model** is a 0.36-billion-parameter Llama shape (hidden 1024, 24 layers, 16 heads, 8 KV heads, intermediate
+  3072, vocabulary 32000) with random bf16 weights, and a mixture of experts of the same size (Qwen3-MoE, 8 experts of
+  384, 2 in use). "4 bits" is `serve --bits 4`.
+- **Every node is pinned to one core** with `taskset` and computes with one thread. Coordinators and the client may use
+  the same cores in every arm: {client_cores}.
+- **Arms are interleaved in one run**: each load goes to one arm after the other, and again for each round. Rates and
+  times are the client's, medians over the rounds; the client is `potluck bench`'s. Unless said otherwise a load is 100
+  tokens in and 128 out, greedy, prompts of random words that no cache has seen.
+- **The ceiling** is what stage passes and hops, measured alone, allow: the plan's own slices, each loaded by itself on
+  one core, decoding at the load's mean context; for loads that keep all stages busy, with every stage computing at the
+  same time. The ceiling of a row knows no scheduler, no HTTP and no tokenizer.
+- **The verdict** compares the value with the target; where it misses, it says by how much the value would have to
+  change. A row without a target explains others.
+"""
+
+
+def render(
+    sections: Sequence[Section], machine: Mapping[str, str], *, client_cores: str, beside: str, quick: bool
+) -> str:
+    """The whole page. `beside` is what else the machine was doing."""
+    parts = [_HEAD]
+    if quick:
+        parts.append("**A quick run**: fewer rounds and shorter loads than the table is meant for.\n")
+    parts.append("## Machine\n")
+    parts.append("| | |\n|---|---|")
+    parts += [f"| {name} | {value} |" for name, value in machine.items()]
+    parts.append(f"| beside the benchmark | {beside} |\n")
+    parts.append("## Verdicts\n")
+    parts.append(_summary(sections))
+    for section in sections:
+        parts.append(f"## {section.title}\n")
+        parts.append("| # | what | measured | ceiling | target | verdict |\n|--:|---|--:|--:|--:|---|")
+        parts += [_line(row) for row in section.rows]
+        parts.append(f"\nMeasured in {section.seconds:.0f} s.\n")
+    parts.append(_METHOD.format(client_cores=client_cores))
+    return "\n".join(parts)
+
+
+def _summary(sections: Sequence[Section]) -> str:
+    promised = [row for section in sections for row in section.rows if row.promise is not None]
+    measured = [row for row in promised if row.value is not None]
+    held = sum(row.verdict == "holds" for row in measured)
+    missing = sum(row.value is None for section in sections for row in section.rows)
+    return f"{held} of {len(measured)} measured targets hold; {missing} rows could not be measured here.\n"
+
+
+def _line(row: Row) -> str:
+    target = "" if row.promise is None else f"{row.promise.kind} {quantity(row.promise.limit, row.unit)}"
+    value = "" if row.value is None else quantity(row.value, row.unit)
+    ceiling = "" if row.ceiling is None else quantity(row.ceiling, row.unit)
+    verdict = " ".join(part for part in (row.verdict, f"({row.note})" if row.note else "") if part)
+    cells = (str(row.target), row.name, value, ceiling, target, verdict)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def quantity(value: float, unit: str) -> str:
+    """With as many digits as the size of the number deserves."""
+    if unit == "":
+        return f"{value:.2f}"
+    if unit == "%":
+        return f"{value:.0f} %"
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    return f"{value:.{digits}f} {unit}"

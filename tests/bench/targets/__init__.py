@@ -1,0 +1,1 @@
+"""The targets, each a module with a function that measures them and returns rows."""

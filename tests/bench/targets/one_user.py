@@ -1,0 +1,34 @@
+"""Target 1: a second node must not make one user slower."""
+
+from __future__ import annotations
+
+from tests.bench import ceilings
+from tests.bench.bench import LLAMA, ONE, RPC, TWO, Bench
+from tests.bench.loads import token_s
+from tests.bench.rows import Row, at_most
+
+
+def rows(bench: Bench) -> list[Row]:
+    results = bench.load(1)
+    one_s, two_s = token_s(results[ONE]), token_s(results[TWO])
+    shot = bench.shot(1)
+    (engine_s,), stages_s = bench.passes(ONE, shot), bench.passes(TWO, shot)
+    hop_s = bench.hop_s()
+    best_s = ceilings.token_s(stages_s, hop_s)
+    found = [
+        Row(1, "two nodes: time per token, to the engine alone in one process on one core", two_s / engine_s, "",
+            best_s / engine_s, at_most(1.05)),
+        Row(1, "two nodes: time per token, to one node behind the same endpoint", two_s / one_s, "",
+            best_s / ceilings.token_s([engine_s], hop_s), at_most(1.05)),
+        Row(1, "one node: time per token", 1000 * one_s, "ms", 1000 * ceilings.token_s([engine_s], hop_s)),
+        Row(1, "two nodes: time per token", 1000 * two_s, "ms", 1000 * best_s),
+        Row(1, "one node: tokens a second", 1 / one_s, "tok/s", 1 / ceilings.token_s([engine_s], hop_s)),
+        Row(1, "two nodes: tokens a second", 1 / two_s, "tok/s", 1 / best_s),
+    ]  # fmt: skip
+    if bench.has(RPC):
+        rpc_s, llama_s = token_s(results[RPC]), token_s(results[LLAMA])
+        found += [
+            Row(1, "llama.cpp RPC: tokens a second", 1 / rpc_s, "tok/s"),
+            Row(1, "llama.cpp, one process with both cores: tokens a second", 1 / llama_s, "tok/s"),
+        ]
+    return found

@@ -1,0 +1,97 @@
+"""The arithmetic of `make bench`, with made-up numbers: ceilings, verdicts, the page."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.bench import ceilings
+from tests.bench.page import quantity, render
+from tests.bench.rows import Row, Section, at_least, at_most, unmeasured
+
+
+def test_a_token_of_one_user_takes_each_stage_once_and_a_hop_for_each() -> None:
+    assert ceilings.token_s([0.010, 0.014], 0.001) == pytest.approx(0.026)
+    assert ceilings.token_s([0.020], 0.001) == pytest.approx(0.021)
+
+
+def test_a_full_pipeline_is_as_fast_as_its_slowest_stage() -> None:
+    assert ceilings.steady_tokens_s([0.02, 0.04], rows=8) == pytest.approx(200)
+
+
+def test_a_load_costs_the_slowest_stage_its_prompts_and_its_steps() -> None:
+    # 4 users in steps of 2: 4 chunks of 0.1 s, then 2 * 10 steps of 0.05 s, for 4 * 11 tokens.
+    rate = ceilings.load_tokens_s(
+        users=4, prompt_tokens=100, output_tokens=11, decode=[0.05, 0.02], decode_rows=2, prefill=[0.1, 0.1], chunk=100
+    )
+    assert rate == pytest.approx(44 / (4 * 0.1 + 20 * 0.05))
+
+
+def test_the_slowest_stage_of_a_load_is_the_one_with_most_work_of_both_kinds() -> None:
+    both = {"users": 1, "prompt_tokens": 10, "output_tokens": 3, "decode_rows": 1, "chunk": 10}
+    # Stage 0 has 3 + 2 * 1 s of work, stage 1 has 1 + 2 * 2 s: not 3 + 2 * 2.
+    assert ceilings.load_tokens_s(decode=[1.0, 2.0], prefill=[3.0, 1.0], **both) == pytest.approx(3 / 5)  # type: ignore[arg-type]
+
+
+def test_chunks_of_a_prompt_follow_one_another_through_the_stages() -> None:
+    # Four chunks on stages of 0.2 and 0.3 s: the slower computes all, the faster is waited for once; two hops.
+    assert ceilings.prompt_s([0.2, 0.3], 400, 100, 0.01) == pytest.approx(4 * 0.3 + 0.2 + 0.02)
+    assert ceilings.prompt_s([0.5], 400, 100, 0.0) == pytest.approx(2.0)
+
+
+def test_a_short_last_chunk_counts_by_its_length() -> None:
+    assert ceilings.prompt_s([1.0], 250, 100, 0.0) == pytest.approx(2.5)
+
+
+def test_prompts_that_came_at_once_are_through_when_all_are() -> None:
+    assert ceilings.shared_prompts_s(32, 100, 400.0) == pytest.approx(8.0)
+
+
+def test_a_frame_crosses_a_link_by_its_size_and_the_delay() -> None:
+    assert ceilings.crossing_s(125_000, 125e6, 0.0003) == pytest.approx(0.0013)
+
+
+@pytest.mark.parametrize(
+    ("row", "verdict"),
+    [
+        (Row(1, "x", 1.04, "", promise=at_most(1.05)), "holds"),
+        (Row(1, "x", 1.05, "", promise=at_most(1.05)), "holds"),
+        (Row(1, "x", 1.40, "", promise=at_most(1.05)), "**misses**: 25% less needed"),
+        (Row(2, "x", 0.90, "", promise=at_least(0.9)), "holds"),
+        (Row(2, "x", 0.60, "", promise=at_least(0.9)), "**misses**: 50% more needed"),
+        (Row(2, "x", 3.00, "s"), ""),
+        (unmeasured(9, "x", "no GPU here"), "not measured"),
+    ],
+)
+def test_a_verdict_says_by_how_much_a_target_is_missed(row: Row, verdict: str) -> None:
+    assert row.verdict == verdict
+
+
+def test_numbers_have_as_many_digits_as_they_deserve() -> None:
+    assert [quantity(*pair) for pair in ((0.4567, ""), (3.456, "ms"), (34.56, "ms"), (345.6, "tok/s"))] == [
+        "0.46",
+        "3.46 ms",
+        "34.6 ms",
+        "346 tok/s",
+    ]
+
+
+def test_the_page_shows_every_row_and_counts_what_holds() -> None:
+    rows = [
+        Row(1, "good", 1.0, "", 0.9, at_most(1.05)),
+        Row(2, "bad", 0.5, "", 1.0, at_least(0.9), note="a | b"),
+        Row(2, "plain", 112.0, "tok/s"),
+        unmeasured(9, "card", "no GPU here"),
+    ]
+    page = render(
+        [Section("Dense", rows, 12.3)], {"processor": "abacus"}, client_cores="0, 1", beside="nothing", quick=False
+    )
+    assert "1 of 2 measured targets hold; 1 rows could not be measured here." in page
+    assert "| 1 | good | 1.00 | 0.90 | at most 1.05 | holds |" in page
+    assert "| 2 | bad | 0.50 | 1.00 | at least 0.90 | **misses**: 80% more needed (a \\| b) |" in page
+    assert "| 2 | plain | 112 tok/s |  |  |  |" in page
+    assert "| 9 | card |  |  |  | not measured (no GPU here) |" in page
+    assert "| processor | abacus |" in page and "quick run" not in page
+
+
+def test_a_quick_page_says_so() -> None:
+    assert "**A quick run**" in render([], {}, client_cores="0", beside="", quick=True)
