@@ -64,7 +64,9 @@ def main() -> int:
             if wanted:
                 sections.append(_section(FORMS[name], wanted, effort, options.backend))
         if 7 in only:
-            sections.append(_alone("The coordinator by itself", 7, lambda: hops.coordinator_rows(effort.quick)))
+            sections.append(
+                _alone("The coordinator by itself", 7, lambda: hops.coordinator_rows(effort.coordinator_seconds))
+            )
     used = ", ".join(map(str, cores.client_cores()))
     text = render(sections, machine(), client_cores=used, beside=beside.told(), quick=options.quick)
     options.write.write_text(text, encoding="utf-8")

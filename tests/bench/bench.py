@@ -55,8 +55,13 @@ class Bench:
         """Positions that a sequence of the targets' load has on average."""
         return IN_TOKENS + self.effort.output_tokens // 2
 
+    def hops_s(self, arm: str, tokens: int = 1) -> float:
+        """A step's hops by themselves: into the first stage and back without a boundary to carry, and over each
+        boundary with so many tokens."""
+        return 2 * self.hop_s() + (len(self.arm(arm).stages) - 1) * self.hop_s(tokens)
+
     def hop_s(self, tokens: int = 1) -> float:
-        """A hop by itself, with a boundary of so many tokens."""
+        """One hop by itself, with a boundary of so many tokens."""
         width = int(self.arm(TWO).status()["plan"]["boundary_bytes"])
         if tokens not in self._hops:
             self._hops[tokens] = hop_alone(width * tokens)

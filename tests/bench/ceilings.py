@@ -10,9 +10,9 @@ from collections.abc import Sequence
 Passes = Sequence[float]
 
 
-def token_s(passes: Passes, hop_s: float) -> float:
-    """One user's time per token: each stage once, a hop over each boundary and one back to the coordinator."""
-    return sum(passes) + len(passes) * hop_s
+def token_s(passes: Passes, hops_s: float) -> float:
+    """One user's time per token: each stage once, and the hops into every stage and back to the coordinator."""
+    return sum(passes) + hops_s
 
 
 def steady_tokens_s(passes: Passes, rows: int) -> float:
@@ -33,14 +33,14 @@ def load_tokens_s(
     return users * output_tokens / max(busy)
 
 
-def prompt_s(passes: Passes, prompt_tokens: int, chunk: int, hop_s: float) -> float:
+def prompt_s(passes: Passes, prompt_tokens: int, chunk: int, hops_s: float) -> float:
     """A prompt's time to its first token, cut into equal chunks that follow one another through the stages: every
     chunk on the slowest stage, and the first one on the others. `passes` are those of a chunk in the middle of the
     prompt, so that attention to what came before counts on average."""
     chunks = -(-prompt_tokens // chunk)
     share = prompt_tokens / (chunks * chunk)  # the last chunk may be shorter
     slowest = max(passes)
-    return chunks * share * slowest + sum(passes) - slowest + len(passes) * hop_s
+    return chunks * share * slowest + sum(passes) - slowest + hops_s
 
 
 def shared_prompts_s(users: int, prompt_tokens: int, prefill_tokens_s: float) -> float:

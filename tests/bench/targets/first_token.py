@@ -21,7 +21,9 @@ def rows(bench: Bench) -> list[Row]:
     alone = bench.measure_alone(ONE, shots)
     together = bench.measure_alone(TWO, shots, together=True)
     best_one_s = min(ceilings.prompt_s(p, PROMPT, c, 0.0) for p, c in zip(alone, CHUNKS, strict=True))
-    best_two_s = min(ceilings.prompt_s(p, PROMPT, c, bench.hop_s(c)) for p, c in zip(together, CHUNKS, strict=True))
+    best_two_s = min(
+        ceilings.prompt_s(p, PROMPT, c, bench.hops_s(TWO, c)) for p, c in zip(together, CHUNKS, strict=True)
+    )
     found = [
         Row(3, f"{PROMPT} tokens: first token of two nodes to one", two_s / one_s, "", best_two_s / best_one_s,
             at_most(0.6)),
