@@ -1,7 +1,8 @@
 """The asynchronous life of one installed stage: frames in, the engine, frames or outcomes out.
 
-Receiving, computing and sending proceed at once: a bounded inbox, one engine thread, and an ordered outbox
-towards the next stage or the coordinator. Knows streams, but not how they were opened or what a step means.
+Receiving, computing and sending proceed at once: a queue before the engine thread, and an ordered outbox towards the
+next stage or the coordinator; both together are bounded. Knows streams, but not how they were opened or what a step
+means.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from cluster.handshake import greet, until_closed
 from cluster.plan import Fence
 from cluster.transport import ByteStream, ClientStream, Credentials, open_stream
 from node.engine import Capacity
+from node.engine_queue import EngineQueue
 from node.stage import StageRunner
 
 _log = logging.getLogger(__name__)
 
-_INBOX_FRAMES: Final = 64
-"""Frames that wait for the engine. The coordinator keeps about one per stage in flight; beyond this many,
-gRPC's flow control holds the sender back."""
-
+_FRAMES_HELD: Final = 64
+"""Frames that wait for the engine or to be sent on. The coordinator keeps about one per stage in flight; beyond this
+many, gRPC's flow control holds the sender back."""
 
 _PROBLEM_CHARS_MAX: Final = 500
 
@@ -53,12 +54,14 @@ class StageFlow:
         self.problem = ""
         self._runner = runner
         self._engine_thread = engine_thread
-        self._inbox: asyncio.Queue[_Arrived] = asyncio.Queue(_INBOX_FRAMES)
-        self._outbox: asyncio.Queue[Frame | Outcome] = asyncio.Queue(_INBOX_FRAMES)
+        self._room = asyncio.Semaphore(_FRAMES_HELD)
+        self._inbox: EngineQueue[_Arrived, Frame | Outcome] = EngineQueue(
+            engine_thread, self._compute, self._computed, self.give_up
+        )
+        self._outbox: asyncio.Queue[Frame | Outcome] = asyncio.Queue()
         self._next: ClientStream | None = None
         self._results_taken = False
         self._tasks: list[asyncio.Task[None]] = []
-        self._start(self._compute_all())
 
     @property
     def fence(self) -> Fence:
@@ -66,7 +69,7 @@ class StageFlow:
 
     @property
     def steps_queued(self) -> int:
-        return self._inbox.qsize()
+        return len(self._inbox)
 
     @property
     def capacity(self) -> Capacity:
@@ -99,7 +102,8 @@ class StageFlow:
             fresh = decoded is not None
             if isinstance(decoded, Frame):
                 now = time.perf_counter()
-                await self._inbox.put(_Arrived(decoded, now - began, now))
+                await self._room.acquire()
+                self._inbox.put(_Arrived(decoded, now - began, now))
             elif decoded is not None:
                 raise WireError(f"expected frames on this stream, found a {type(decoded).__name__}")
 
@@ -112,18 +116,14 @@ class StageFlow:
         self._results_taken = True
         await self._write_all(stream)
 
-    async def _compute_all(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            arrived = await self._inbox.get()
-            queue_s = time.perf_counter() - arrived.at_s
+    def _compute(self, arrived: _Arrived) -> Frame | Outcome:
+        """On the engine thread."""
+        queue_s = time.perf_counter() - arrived.at_s
+        return self._runner.run(arrived.frame, receive_s=arrived.receive_s, queue_s=queue_s)
 
-            def run(item: _Arrived = arrived, waited_s: float = queue_s) -> Frame | Outcome:
-                return self._runner.run(item.frame, receive_s=item.receive_s, queue_s=waited_s)
-
-            result = await loop.run_in_executor(self._engine_thread, run)
-            self.steps_done += 1
-            await self._outbox.put(result)
+    def _computed(self, result: Frame | Outcome) -> None:
+        self.steps_done += 1
+        self._outbox.put_nowait(result)
 
     def _start(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
@@ -147,9 +147,11 @@ class StageFlow:
         while True:
             for message in encode(await self._outbox.get()):
                 await stream.write(message)
+            self._room.release()
 
     async def close(self) -> None:
         """Stop the tasks, hang up, and free the engine on its own thread."""
+        self._inbox.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

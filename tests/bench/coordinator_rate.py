@@ -11,7 +11,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from tests.bench.roles import instant_cluster, status
+from tests.bench.roles import Cluster, instant_cluster
 from tests.bench.streams import Streams
 
 _SETTLE_S = 1.0
@@ -39,21 +39,22 @@ class Rate:
         return self.events / self.wall_s
 
 
-def measure(port: int, *, streams: int, seconds: float) -> Rate:
+def measure(cluster: Cluster, *, streams: int, seconds: float) -> Rate:
     """Let `streams` clients read for `seconds`, once all of them have begun."""
-    with Streams(port, streams) as clients:
+    coordinator = cluster.coordinator
+    with Streams(coordinator.port, streams) as clients:
         clients.read_for(_SETTLE_S)
-        cpu_s, began_s, events = status(port)["cpu_s"], time.perf_counter(), clients.events
+        cpu_s, began_s, events = coordinator.cpu_s, time.perf_counter(), clients.events
         clients.read_for(seconds)
         wall_s = time.perf_counter() - began_s
-        return Rate(streams, clients.events - events, wall_s, status(port)["cpu_s"] - cpu_s)
+        return Rate(streams, clients.events - events, wall_s, coordinator.cpu_s - cpu_s)
 
 
 def main(seconds: float) -> None:
     for in_flight in (1, 2):
-        with instant_cluster(in_flight=in_flight) as port:
+        with instant_cluster(in_flight=in_flight) as cluster:
             for streams in (1, 64):
-                rate = measure(port, streams=streams, seconds=seconds)
+                rate = measure(cluster, streams=streams, seconds=seconds)
                 print(  # noqa: T201 - a table for the person who asked
                     f"{in_flight} in flight, {streams:2d} streams: {rate.cpu_us_per_event:6.1f} us of CPU an event, "
                     f"{rate.events_per_cpu_s:7.0f} events a CPU second, {rate.events_per_s:7.0f} a second"

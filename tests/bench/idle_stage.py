@@ -61,6 +61,9 @@ class IdleEngine:
     def fork(self, src: SequenceId, dst: SequenceId, length: int) -> int:
         raise NotImplementedError
 
+    def move(self, src: SequenceId, dst: SequenceId, length: int) -> int:
+        raise NotImplementedError
+
     def trim(self, seq: SequenceId, length: int) -> int:
         raise NotImplementedError
 
