@@ -27,7 +27,6 @@ from cluster.models.checkpoint import Checkpoint, open_checkpoint
 from cluster.models.facts import ModelFacts, read_facts
 from cluster.models.families import family_of
 from cluster.models.formats import MLX_MODES
-from cluster.models.integer_shapes import INTEGER_PACKINGS
 from cluster.models.layout import Unused, part_of
 from cluster.models.manifest import build_manifest
 from cluster.models.matrices import read_matrices
@@ -73,7 +72,7 @@ def verify_command(command: VerifyCommand) -> int:
         model = _resolve(text, revision, command.state, tell)
         checkpoint = open_checkpoint(model.folder)
         subject = _subject(checkpoint, command, cuts, bits)
-        reference = _reference(subject.facts)
+        reference = _reference(checkpoint, subject.facts)
         check_memory(subject, whole_bytes(checkpoint, subject.facts, reference.backend), reference, command.tokens)
         # The coordinator remembers hashes there, and so they need not be computed again.
         manifest = build_manifest(
@@ -195,21 +194,22 @@ def _best_device(facts: ModelFacts) -> Device:
     return best if best.backend in facts.backends else detect_devices(min(facts.backends))[0]
 
 
-def _reference(facts: ModelFacts) -> Device:
+def _reference(checkpoint: Checkpoint, facts: ModelFacts) -> Device:
     """transformers on the processor, whose arithmetic no driver and no fast kernel changes; where it is not
     installed or cannot read the checkpoint, mlx-lm where MLX runs best."""
-    by_mlx = facts.bits is None and facts.quantization is not None and facts.quantization.kind in MLX_MODES
+    is_packed_so = facts.quantization is not None and facts.quantization.kind in MLX_MODES
+    by_mlx = is_packed_so and any(name.endswith(".scales") for name in checkpoint.tensors)  # gpt-oss' own: `_scales`
     if not by_mlx and Backend.TORCH in facts.backends & read_machine().engines:
         return detect_devices(Backend.TORCH, "cpu")[0]
     return detect_devices(Backend.MLX)[0]
 
 
 def whole_bytes(checkpoint: Checkpoint, facts: ModelFacts, backend: Backend) -> int:
-    """What the reference holds at most. mlx-lm packs what its stages pack, transformers holds what is stored; except
-    for integers, which are unpacked into a dictionary, and from there become a model."""
+    """What the reference holds at most. mlx-lm packs what its stages pack, transformers holds what is stored; but
+    where that is packed, it is unpacked into a dictionary, and from there becomes a model."""
     if backend is Backend.MLX:
         return facts.stored_bytes
-    if facts.quantization is None or facts.quantization.kind not in INTEGER_PACKINGS:
+    if facts.quantization is None:
         return read_facts(checkpoint).stored_bytes
     used = (tensor for tensor in checkpoint.tensors.values() if not isinstance(part_of(tensor.name), Unused))
     matrices = read_matrices(used, facts.quantization, str(checkpoint.folder)).values()

@@ -3,12 +3,10 @@ them, and gpt-oss' own blocks of four bits. Equal to transformers with the same 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,66 +23,16 @@ from node.engines.mlx.engine import MlxEngine
 from node.engines.torch.engine import TorchEngine
 from node.engines.torch.packed import Fp8, Mxfp4
 from tests.checkpoints import make_checkpoint
+from tests.eight_bit_checkpoints import LAYOUTS, eight_bits
 from tests.oracle.conftest import TOLERANCE
 from tests.oracle.pipelines import greedy, load_pipeline, stage_specs
 from tests.oracle.reference import LAST_TOKENS, Reference, WholeModel, assert_same, decisive_reference
 from tests.oracle.test_mlx_families import AS_MLX_LM_COMPUTES_THEM
 from tests.oracle.test_mlx_packed import published
 
-BLOCK = (48, 32)  # rows and columns; neither divides all matrices of these checkpoints
-CHANNELS = {
-    "quant_method": "compressed-tensors",
-    "format": "float-quantized",
-    "ignore": ["lm_head"],
-    "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "strategy": "channel"}}},
-}
-STATED: dict[str, dict[str, Any]] = {
-    "blocks": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(BLOCK)},
-    "rows": CHANNELS,
-    "whole": {**CHANNELS, "config_groups": {"group_0": {"weights": {"num_bits": 8, "strategy": "tensor"}}}},
-}
-CASES = [("llama", "blocks"), ("llama", "rows"), ("llama", "whole"), ("qwen3_moe", "blocks"), ("deepseek_v3", "blocks")]
+CASES = [*(("llama", kind) for kind in LAYOUTS), ("qwen3_moe", "blocks"), ("deepseek_v3", "blocks")]
 
 Made = Callable[[str, str], tuple[Path, Path]]
-
-
-def scaled(matrix: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Numbers of eight bits, their scales, and what they stand for; each by its definition, block by block."""
-    rows, columns = matrix.shape
-    height, width = {"blocks": BLOCK, "rows": (1, columns), "whole": (rows, columns)}[kind]
-    codes, exact = torch.empty_like(matrix, dtype=torch.float8_e4m3fn), torch.empty_like(matrix)
-    scales = torch.empty(-(-rows // height), -(-columns // width))
-    for i in range(scales.shape[0]):
-        for j in range(scales.shape[1]):
-            block = (slice(i * height, (i + 1) * height), slice(j * width, (j + 1) * width))
-            scales[i, j] = matrix[block].abs().max() / 448
-            codes[block] = (matrix[block] / scales[i, j]).to(torch.float8_e4m3fn)
-            exact[block] = codes[block].float() * scales[i, j]
-    return codes, scales.view(1) if kind == "whole" else scales, exact
-
-
-def eight_bits(folder: Path, kind: str) -> tuple[Path, Path]:
-    """A checkpoint with the linear layers' matrices as eight-bit floats, and the same numbers in full precision."""
-    packed, unpacked = {}, {}
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        is_linear = name.endswith(("_proj.weight", "kv_a_proj_with_mqa.weight"))
-        if not is_linear:
-            packed[name] = unpacked[name] = tensor
-            continue
-        packed[name], scales, unpacked[name] = scaled(tensor, kind)
-        packed[f"{name}_scale_inv" if kind == "blocks" else f"{name}_scale"] = scales
-        if kind != "blocks":  # of activations, which kernels of theirs round as well
-            ending = ".input_scale" if kind == "whole" else ".activation_scale"
-            packed[name.replace(".weight", ending)] = torch.ones(1)
-    targets = folder.with_name("packed"), folder.with_name("unpacked")
-    for target, tensors in zip(targets, (packed, unpacked), strict=True):
-        target.mkdir()
-        config = json.loads((folder / "config.json").read_text())
-        if tensors is packed:
-            config["quantization_config"] = STATED[kind]
-        (target / "config.json").write_text(json.dumps(config))
-        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    return targets
 
 
 @pytest.fixture(scope="module")

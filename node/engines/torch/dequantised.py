@@ -1,4 +1,5 @@
-"""AWQ, GPTQ and compressed-tensors checkpoints in full precision, for the reference of `potluck verify`.
+"""Packed checkpoints in full precision, for the reference of `potluck verify`: AWQ, GPTQ, compressed-tensors, eight-bit
+floats, and gpt-oss as it is published.
 
 transformers reads these formats with libraries that Potluck does without. Written from the formats' definitions, value
 by value, and apart from the engine's unpacking, so that the two can disagree. Knows no modules.
@@ -11,11 +12,15 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from cluster.errors import ModelError
 from cluster.models.checkpoint import Checkpoint, open_checkpoint
 from cluster.models.formats import Packing, Quantization
 from cluster.models.integer_shapes import INTEGER_PACKINGS
 from cluster.models.layout import Unused, part_of
 from cluster.models.matrices import Matrix, Role, read_matrices
+
+_FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+"""What the lower three of a four-bit float's bits mean; the highest is the sign."""
 
 _AWQ_NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where in an AWQ word each of eight neighbours lies, from its lowest four bits up."""
@@ -28,9 +33,39 @@ def dequantised(folder: Path, stated: Quantization, dtype: torch.dtype) -> dict[
     numbers: dict[str, torch.Tensor] = {}
     for matrix in read_matrices(used, stated, str(folder)).values():
         parts = {role: _read(checkpoint, tensor.name) for role, tensor in matrix.tensors.items()}
-        values = parts[Role.VALUES] if matrix.packing not in INTEGER_PACKINGS else _numbers(matrix, parts, stated)
-        numbers[matrix.name] = values.to(dtype)
+        numbers[matrix.name] = _unpacked(matrix, parts, stated, str(folder)).to(dtype)
     return numbers
+
+
+def _unpacked(matrix: Matrix, parts: dict[Role, torch.Tensor], stated: Quantization, where: str) -> torch.Tensor:
+    match matrix.packing:
+        case Packing.NONE:
+            return parts[Role.VALUES]
+        case Packing.FP8:
+            return _eight_bits(parts[Role.VALUES].float(), parts[Role.SCALES].float(), stated.block)
+        case Packing.MXFP4 if parts[Role.VALUES].ndim == 4:
+            return _four_bits(parts[Role.VALUES], parts[Role.SCALES])
+        case packing if packing in INTEGER_PACKINGS:
+            return _numbers(matrix, parts, stated)
+        case packing:
+            raise ModelError(f"{where}: {matrix.name!r} is packed as {packing}, which has no reference by transformers")
+
+
+def _eight_bits(codes: torch.Tensor, scales: torch.Tensor, block: tuple[int, int] | None) -> torch.Tensor:
+    """Each number times its block's scale, its row's, or the matrix' own."""
+    if scales.numel() == 1:
+        return codes * scales.flatten()
+    if block is None:
+        return codes * scales.reshape(-1, 1)
+    rows, columns = (torch.arange(count) // size for count, size in zip(codes.shape, block, strict=True))
+    return codes * scales[rows][:, columns]
+
+
+def _four_bits(blocks: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
+    """[experts, outputs, blocks, 16 bytes] as [experts, inputs, outputs]: gpt-oss multiplies from the left."""
+    nibbles = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2).long()
+    numbers = torch.where(nibbles < 8, _FP4[nibbles % 8], -_FP4[nibbles % 8])
+    return torch.ldexp(numbers, exponents.int()[..., None] - 127).flatten(-2).transpose(1, 2).contiguous()
 
 
 def _read(checkpoint: Checkpoint, name: str) -> torch.Tensor:

@@ -16,7 +16,6 @@ from transformers.utils.logging import disable_progress_bar
 from cluster.errors import ModelError
 from cluster.models.facts import ModelFacts
 from cluster.models.families import family_of
-from cluster.models.integer_shapes import INTEGER_PACKINGS
 from cluster.models.layout import Unused, part_of
 from cluster.models.quantising import inputs_last, is_packed_at_load, is_turned
 from node.comparison import Floats, Trace, drawn_tokens
@@ -70,7 +69,7 @@ def _load(folder: Path, facts: ModelFacts) -> Any:
         auto: Any = AutoModelForCausalLM if generative else AutoModelForImageTextToText
         source: Any = folder
         named: dict[str, object] = {}
-        if facts.quantization is not None and facts.quantization.kind in INTEGER_PACKINGS:
+        if facts.quantization is not None:
             numbers = dequantised(folder, facts.quantization, TORCH_DTYPES[facts.dtype])
             auto, source, named = auto._model_mapping[type(config)], None, {"config": config, "state_dict": numbers}
             del config.quantization_config
