@@ -8,8 +8,9 @@ from coordinator.api.answer import Delta, Job
 from coordinator.api.fields import Fields
 from coordinator.api.messages import read_messages
 from coordinator.api.prompts import Prompts, chat_prompt
-from coordinator.api.responding import Object, Whole
+from coordinator.api.responding import Whole
 from coordinator.api.schema import Options, read_options
+from coordinator.api.streaming import Object
 from coordinator.generation import ServedModel
 
 

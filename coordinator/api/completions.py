@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from coordinator.api.answer import Delta, Job
 from coordinator.api.fields import Fields
 from coordinator.api.prompts import Prompts, plain_prompt
-from coordinator.api.responding import Object, Whole
+from coordinator.api.responding import Whole
 from coordinator.api.schema import Options, read_options, read_prompts
+from coordinator.api.streaming import Object
 from coordinator.generation import ServedModel
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -12,12 +12,11 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 from coordinator.api.answer import Delta, Job, generate
+from coordinator.api.chunks import ChunkShape, ChunkWriter
 from coordinator.api.errors import problem_of
-from coordinator.api.streaming import DONE, EventStream, sse, until_gone
+from coordinator.api.streaming import DONE, EventStream, Object, sse, until_gone
 from coordinator.generation import Generator
 from coordinator.sequence import EndReason
-
-Object = Mapping[str, object]
 
 
 @dataclass(slots=True)
@@ -34,7 +33,7 @@ class Whole:
         self.end = delta.end
 
 
-class Shape(Protocol):
+class Shape(ChunkShape, Protocol):
     """How one of the two APIs writes answers."""
 
     def whole(self, job: Job, choices: list[Whole]) -> Object:
@@ -44,8 +43,6 @@ class Shape(Protocol):
     def opening(self, job: Job) -> Iterator[Object]:
         """Chunks before the first token."""
         ...
-
-    def chunk(self, job: Job, delta: Delta) -> Object: ...
 
     def closing(self, job: Job) -> Object:
         """The chunk without choices that carries the usage."""
@@ -83,15 +80,16 @@ async def _events(
     count = 0
     # OpenAI sends a null usage with every chunk but the last when the client asked for it.
     pending: Object = {"usage": None} if job.options.include_usage else {}
+    chunks = ChunkWriter(job, shape, pending)
     try:
         async with aclosing(deltas):
             for chunk in shape.opening(job):
                 yield sse({**chunk, **pending})
-            yield sse({**shape.chunk(job, first), **pending})
+            yield chunks.write(first)
             count += len(first.tokens)
             async for delta in deltas:
                 count += len(delta.tokens)
-                yield sse({**shape.chunk(job, delta), **pending})
+                yield chunks.write(delta)
         if job.options.include_usage:
             yield sse({**shape.closing(job), "usage": usage(job, count)})
         yield DONE

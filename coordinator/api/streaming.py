@@ -14,12 +14,23 @@ from coordinator.api.errors import ClientGone
 
 _T = TypeVar("_T")
 
+Object = Mapping[str, object]
+
 DONE: Final = b"data: [DONE]\n\n"
 
+_write_json: Final = json.JSONEncoder(
+    ensure_ascii=False, separators=(",", ":")
+).encode  # json.dumps makes one each time
 
-def sse(value: Mapping[str, object]) -> bytes:
+
+def sse(value: Object) -> bytes:
     """One event."""
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _write_json(value).encode() + b"\n\n"
+
+
+def json_text(text: str) -> bytes:
+    """The text as it stands in an event."""
+    return _write_json(text).encode()
 
 
 async def until_gone(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:

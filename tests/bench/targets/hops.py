@@ -37,8 +37,8 @@ def _hop_rows(bench: Bench, arm: Arm, *, has_target: bool) -> list[Row]:
 def coordinator_rows(seconds: float) -> list[Row]:
     """The coordinator before stages that compute nothing. What it uses of its core counts: the machine's other work
     hardly moves it."""
-    with instant_cluster(in_flight=2) as port:
-        rate = coordinator_rate.measure(port, streams=STREAMS, seconds=seconds)
+    with instant_cluster(in_flight=2) as cluster:
+        rate = coordinator_rate.measure(cluster, streams=STREAMS, seconds=seconds)
     hop = hop_time.measure(2, seconds=seconds)
     return [
         Row(7, f"coordinator alone, {STREAMS} streams: token events a second of its core", rate.events_per_cpu_s,
