@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo serve-demo test check unit format proto bench rehearsal docs clean
+.PHONY: help setup demo serve-demo test check unit format proto bench bench-peers rehearsal docs clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,10 @@ proto: setup ## generate cluster/wire/ from proto/
 bench: export OMP_NUM_THREADS = 1
 bench: setup ## measure the targets on this machine and write docs/benchmarks.md (half an hour; BENCH=--quick: minutes)
 	@$(BIN)/python -m tests.bench $(BENCH)
+
+bench-peers: export OMP_NUM_THREADS = 1
+bench-peers: setup ## the same with llama.cpp beside it, which is built first (10 minutes, once)
+	@$(BIN)/python -m tests.bench --peers $(BENCH)
 
 rehearsal: export OMP_NUM_THREADS = 1
 rehearsal: setup ## 8 billion parameters over nodes of 7 GiB (as root), then 200 plans at the edge of their memory (an hour)

@@ -6,7 +6,7 @@ Independent of the code under test: blocks are packed and unpacked here value by
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,22 +25,33 @@ NUMBERS = {
 
 
 def write_gguf(path: Path, metadata: Mapping[str, object], tensors: Mapping[str, Stored]) -> Path:
-    path.write_bytes(gguf_bytes(metadata, tensors))
+    with path.open("wb") as file:
+        file.writelines(_pieces(metadata, tensors, 3))
     return path
 
 
 def gguf_bytes(metadata: Mapping[str, object], tensors: Mapping[str, Stored], *, version: int = 3) -> bytes:
     """A whole file. Python's int, float, bool, str and lists of them become the kinds that converters write."""
+    return b"".join(_pieces(metadata, tensors, version))
+
+
+def _pieces(metadata: Mapping[str, object], tensors: Mapping[str, Stored], version: int) -> Iterator[bytes]:
+    """The file from its first byte to its last."""
     header = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(metadata))
     for key, value in metadata.items():
         header += _text(key) + _value(value)
-    data = b""
+    offset = 0
     for name, (kind, shape, stored) in tensors.items():
-        data += bytes(-len(data) % 32)
+        offset += -offset % 32
         header += _text(name) + struct.pack("<I", len(shape))
-        header += struct.pack(f"<{len(shape)}QIQ", *reversed(shape), NUMBERS[kind], len(data))
-        data += stored
-    return header + bytes(-len(header) % 32) + data
+        header += struct.pack(f"<{len(shape)}QIQ", *reversed(shape), NUMBERS[kind], offset)
+        offset += len(stored)
+    yield header + bytes(-len(header) % 32)
+    offset = 0
+    for _, _, stored in tensors.values():
+        yield bytes(-offset % 32)
+        offset += -offset % 32 + len(stored)
+        yield stored
 
 
 def _text(text: str) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def write_model(folder: Path, path: Path, choose: Choose, extra: Mapping[str, ob
     tensors = _apart(tensors)
     written: dict[str, Stored] = {}
     unpacked: dict[str, Floats] = {}
-    for name, sources in _sources(tensors, config).items():
+    for name, sources in sources_by_name(tensors, config).items():
         values = np.stack([tensors[source] for source in sources]) if len(sources) > 1 else tensors[sources[0]]
         is_matrix = values.ndim > 1 and name.endswith(".weight") and "ffn_gate_inp" not in name
         kind = choose(name) if is_matrix else "F32"
@@ -53,12 +53,12 @@ def write_model(folder: Path, path: Path, choose: Choose, extra: Mapping[str, ob
         plain = dequantised(stored(values.astype(np.float32), kind))
         unpacked |= dict(zip(sources, plain if len(sources) > 1 else [plain], strict=True))
     written |= {name: stored(np.array(factors, np.float32), "F32") for name, factors in _rotations(config).items()}
-    metadata = {**_metadata(config), **(tokenizer_metadata(folder)), **(extra or {})}
+    described = {**metadata(config), **(tokenizer_metadata(folder)), **(extra or {})}
     target = path.parent / "unpacked"
     target.mkdir(parents=True)
     save_file(_together(unpacked), target / "model.safetensors", {"format": "pt"})
     (target / "config.json").write_text(json.dumps(config))
-    return write_gguf(path, metadata, written)
+    return write_gguf(path, described, written)
 
 
 def _apart(tensors: Mapping[str, Floats]) -> dict[str, Floats]:
@@ -114,7 +114,7 @@ def tokenizer_metadata(folder: Path) -> dict[str, object]:
     }
 
 
-def _sources(tensors: Mapping[str, Floats], config: Mapping[str, Any]) -> dict[str, list[str]]:
+def sources_by_name(tensors: Iterable[str], config: Mapping[str, Any]) -> dict[str, list[str]]:
     """The GGUF tensors, and which of the checkpoint's each is made of (several: a stack of experts)."""
     sources: dict[str, list[str]] = {}
     for name in tensors:
@@ -211,7 +211,8 @@ def _llama3_factors(rope: Mapping[str, Any], dims: int) -> list[float]:
 _NAMES = {"mistral": "llama", "qwen3_moe": "qwen3moe", "gemma3_text": "gemma3", "gpt_oss": "gpt-oss"}
 
 
-def _metadata(config: Mapping[str, Any]) -> dict[str, object]:
+def metadata(config: Mapping[str, Any]) -> dict[str, object]:
+    """A file's metadata about its model, as converters write it."""
     arch = _NAMES.get(config["model_type"], config["model_type"])
     rope = config["rope_parameters"]
     everywhere = rope.get("full_attention", rope)

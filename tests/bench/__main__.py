@@ -19,20 +19,24 @@ from tests.bench import cores
 from tests.bench.bench import Bench, bench_of
 from tests.bench.loads import FULL, QUICK, Effort
 from tests.bench.machine import Beside, machine
-from tests.bench.model import DENSE, EXPERTS, TRIAL, Form
+from tests.bench.model import FORMS, Form
 from tests.bench.page import quantity, render
+from tests.bench.peers.build import build
+from tests.bench.peers.llama import llama_arms
 from tests.bench.rows import Row, Section, unmeasured
-from tests.bench.targets import beside_prefill, first_token, hops, many_users, one_core, one_user, second_turn
+from tests.bench.targets import (
+    beside_prefill,
+    first_token,
+    hops,
+    many_users,
+    one_core,
+    one_user,
+    over_links,
+    second_turn,
+)
 
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 
-FORMS = {
-    "dense": Form(DENSE),
-    "experts": Form(EXPERTS),
-    "dense4": Form(DENSE, 4),
-    "experts4": Form(EXPERTS, 4),
-    "trial": Form(TRIAL),
-}
 _DEFAULT_FORMS = "dense,experts,dense4,experts4"
 
 Measure = Callable[[Bench], list[Row]]
@@ -45,6 +49,7 @@ TARGETS: dict[int, Measure] = {
     5: second_turn.rows,
     6: many_users.first_tokens,
     7: hops.rows,
+    8: over_links.rows,
     10: one_core.rows,
 }
 EVERY_FORM = (1, 2, 3, 5)
@@ -55,6 +60,8 @@ def main() -> int:
     options = _options()
     cores.check()
     os.sched_setaffinity(0, cores.client_cores())
+    if options.peers:
+        build()
     effort = QUICK if options.quick else FULL
     only = {int(number) for number in options.only.split(",")} if options.only else set(range(1, 11))
     sections = []
@@ -62,7 +69,7 @@ def main() -> int:
         for index, name in enumerate(options.forms.split(",")):
             wanted = sorted(only & set(TARGETS) if index == 0 else only & set(EVERY_FORM))
             if wanted:
-                sections.append(_section(FORMS[name], wanted, effort, options.backend))
+                sections.append(_section(FORMS[name], wanted, effort, options))
         if 7 in only:
             sections.append(
                 _alone("The coordinator by itself", 7, lambda: hops.coordinator_rows(effort.coordinator_seconds))
@@ -79,6 +86,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", metavar="N,...", default="", help="these targets (all)")
     parser.add_argument("--forms", metavar="NAME,...", default=_DEFAULT_FORMS, help=f"of {', '.join(FORMS)}")
     parser.add_argument("--quick", action="store_true", help="minutes in place of half an hour; numbers to look at")
+    parser.add_argument("--peers", action="store_true", help="llama.cpp in the same run; built when it is not there")
     parser.add_argument("--backend", default="torch", choices=("torch", "mlx"), help="the nodes' engine (torch)")
     parser.add_argument("--write", type=Path, default=PAGE, metavar="FILE", help="the page (docs/benchmarks.md)")
     options = parser.parse_args()
@@ -88,7 +96,7 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _section(form: Form, wanted: Sequence[int], effort: Effort, backend: str) -> Section:
+def _section(form: Form, wanted: Sequence[int], effort: Effort, options: argparse.Namespace) -> Section:
     """One form: its arms come up once, and every wanted target is measured on them."""
     began_s = time.monotonic()
     rows: list[Row] = []
@@ -96,7 +104,8 @@ def _section(form: Form, wanted: Sequence[int], effort: Effort, backend: str) ->
     with ExitStack() as stack:
         state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="potluck-bench-")))
         try:
-            bench = stack.enter_context(bench_of(form, effort, state, backend=backend))
+            others = stack.enter_context(llama_arms(form)) if options.peers else {}
+            bench = stack.enter_context(bench_of(form, effort, state, backend=options.backend, others=others))
         except (PotluckError, AssertionError, OSError) as error:
             rows += _said([unmeasured(number, "the arms did not come up", str(error)) for number in wanted])
             return Section(form.title, rows, time.monotonic() - began_s)

@@ -44,11 +44,19 @@ class Arm:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a process runs: an address of the machine, and the words before a command that run it there."""
+
+    host: str = "127.0.0.1"
+    words: tuple[str, ...] = ()
+
+
 @contextlib.contextmanager
 def cluster_arm(
-    name: str, form: Form, nodes: int, state: Path, *, backend: str = "torch", options: Sequence[str] = ()
+    name: str, form: Form, places: Sequence[Place], state: Path, *, backend: str = "torch"
 ) -> Iterator[Arm]:
-    """A cluster of `nodes` nodes that serves the model; ready when it is handed over."""
+    """A cluster with a node in each place, the coordinator beside the first; ready when it is handed over."""
     cluster, everywhere = new_cluster(), client_cores()
     with contextlib.ExitStack() as stack:
         children = [
@@ -60,11 +68,12 @@ def cluster_arm(
                     state / f"{name}-node-{index}",
                     "--no-mdns",
                     memory=MEMORY,
-                    prefix=pinned([node_core(index)]),
+                    host=place.host,
+                    prefix=(*place.words, *pinned([node_core(index)])),
                     env={"OMP_NUM_THREADS": "1"},
                 )
             )
-            for index in range(nodes)
+            for index, place in enumerate(places)
         ]
         peers = [word for child in children for word in ("--peer", str(child.wait_for("up", START_S)["addresses"][0]))]
         packing = () if form.bits is None else ("--bits", str(form.bits))
@@ -73,17 +82,18 @@ def cluster_arm(
                 model_folder(form.shape),
                 cluster,
                 state / f"{name}-coordinator",
-                *("--no-local-node", "--no-mdns", "--min-nodes", str(nodes), *peers, *packing, *options),
+                *("--no-local-node", "--no-mdns", "--min-nodes", str(len(places)), *peers, *packing),
                 context=CONTEXT,
                 users=USERS,
+                cluster_host=places[0].host,
                 prefix=pinned(everywhere),
             )
         )
         coordinator.wait_ready(START_S)
         arm = asked(name, coordinator.url)
         stages = arm.status()["plan"]["stages"]
-        if len(stages) != nodes:
-            raise ClusterError(f"expected a stage on each of {nodes} nodes, found {len(stages)}")
+        if len(stages) != len(places):
+            raise ClusterError(f"expected a stage on each of {len(places)} nodes, found {len(stages)}")
         yield Arm(arm.name, arm.endpoint, tuple((s["first_layer"], s["last_layer"]) for s in stages))
 
 

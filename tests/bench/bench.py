@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.cli.bench_measures import Load, Result
-from tests.bench.arms import Arm, cluster_arm
+from tests.bench.arms import Arm, Place, cluster_arm
 from tests.bench.cores import node_core
 from tests.bench.hop_alone import hop_alone
 from tests.bench.loads import IN_TOKENS, Effort, run_load
@@ -43,11 +43,12 @@ class Bench:
     def has(self, name: str) -> bool:
         return name in self.arms
 
-    def load(self, users: int) -> Mapping[str, list[Result]]:
-        """The targets' load for so many users, on every arm."""
+    def load(self, users: int, *names: str) -> Mapping[str, list[Result]]:
+        """The targets' load for so many users, on the arms of these names that there are."""
         load = Load(users, IN_TOKENS, self.effort.output_tokens, rounds=1)
         if load not in self._loads:
-            self._loads[load] = run_load(list(self.arms.values()), load, self.effort.rounds)
+            arms = [self.arms[name] for name in names if self.has(name)]
+            self._loads[load] = run_load(arms, load, self.effort.rounds)
         return self._loads[load]
 
     @property
@@ -97,7 +98,7 @@ def bench_of(
     """Our arms on one and on two nodes, beside `others`; all stay up, so that loads can be interleaved."""
     with contextlib.ExitStack() as stack:
         arms = {
-            name: stack.enter_context(cluster_arm(name, form, nodes, state, backend=backend))
+            name: stack.enter_context(cluster_arm(name, form, [Place()] * nodes, state, backend=backend))
             for name, nodes in ((ONE, 1), (TWO, 2))
         }
         yield Bench(form, effort, {**arms, **(others or {})}, backend)

@@ -54,12 +54,23 @@ class Form:
     bits: int | None = None  # None: bf16, as stored
 
     @property
+    def name(self) -> str:
+        """Its key in FORMS."""
+        return next(name for name, form in FORMS.items() if form == self)
+
+    @property
     def title(self) -> str:
         kind = {EXPERTS: "Mixture of experts", DENSE: "Dense"}.get(self.shape, "Trial")
         return f"{kind}, {'bf16' if self.bits is None else f'{self.bits} bits'}"
 
 
-FORMS = tuple(Form(shape, bits) for bits in (None, 4) for shape in (DENSE, EXPERTS))
+FORMS = {
+    "dense": Form(DENSE),
+    "experts": Form(EXPERTS),
+    "dense4": Form(DENSE, 4),
+    "experts4": Form(EXPERTS, 4),
+    "trial": Form(TRIAL),
+}
 
 
 def cache_folder() -> Path:

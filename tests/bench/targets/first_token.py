@@ -6,20 +6,27 @@ from tests.bench import ceilings
 from tests.bench.bench import ONE, RPC, TWO, Bench
 from tests.bench.loads import first_s, interleaved
 from tests.bench.rows import Row, at_most
+from tests.bench.stage_alone import Shot
 
 PROMPT = 2048
 CHUNKS = (128, 256, 512)
 """Lengths of chunks that the ceiling is looked for among."""
 
 
+def shots(bench: Bench) -> list[Shot]:
+    """A chunk of each length in the middle of the prompt."""
+    return [bench.shot(1, PROMPT // 2 - chunk // 2, chunk) for chunk in CHUNKS]
+
+
 def rows(bench: Bench) -> list[Row]:
     answers = interleaved(
-        list(bench.arms.values()), bench.effort.rounds, lambda arm: arm.endpoint.ask(arm.endpoint.prompt(PROMPT), 1)
+        [bench.arm(name) for name in (ONE, TWO, RPC) if bench.has(name)],
+        bench.effort.rounds,
+        lambda arm: arm.endpoint.ask(arm.endpoint.prompt(PROMPT), 1),
     )
     one_s, two_s = first_s(answers[ONE]), first_s(answers[TWO])
-    shots = [bench.shot(1, PROMPT // 2 - chunk // 2, chunk) for chunk in CHUNKS]
-    alone = bench.measure_alone(ONE, shots)
-    together = bench.measure_alone(TWO, shots, together=True)
+    alone = bench.measure_alone(ONE, shots(bench))
+    together = bench.measure_alone(TWO, shots(bench), together=True)
     best_one_s = min(ceilings.prompt_s(p, PROMPT, c, 0.0) for p, c in zip(alone, CHUNKS, strict=True))
     best_two_s = min(
         ceilings.prompt_s(p, PROMPT, c, bench.hops_s(TWO, c)) for p, c in zip(together, CHUNKS, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from statistics import median
 
 from cluster.cli.bench_measures import Result
@@ -11,12 +12,14 @@ from tests.bench.loads import IN_TOKENS, tokens_s
 from tests.bench.rows import Row, at_least, at_most
 
 FEW, MANY = 16, 32
+Results = Mapping[str, list[Result]]
+
 _CHUNK = 100
 """Prompts of the load are chunks by themselves."""
 
 
 def rows(bench: Bench) -> list[Row]:
-    few, many = bench.load(FEW), bench.load(MANY)
+    few, many = _loads(bench)
     best = {users: _ceiling(bench, users) for users in (FEW, MANY)}
     measured = {users: tokens_s(results[TWO]) for users, results in ((FEW, few), (MANY, many))}
     found = [
@@ -40,7 +43,7 @@ def rows(bench: Bench) -> list[Row]:
 
 def first_tokens(bench: Bench) -> list[Row]:
     """Target 6. Perfect sharing of the prefill rate: every prompt is through when all are."""
-    few, many = bench.load(FEW), bench.load(MANY)
+    few, many = _loads(bench)
     rate = _prefill_tokens_s(bench)
     shared_s = ceilings.shared_prompts_s(MANY, IN_TOKENS, rate)
     p50_s = median(result.first.p50_s for result in few[TWO] if result.first)
@@ -63,6 +66,10 @@ def first_tokens(bench: Bench) -> list[Row]:
             Row(6, f"llama.cpp RPC, {FEW} users: median of the first token", rpc_s, "s"),
         ]  # fmt: skip
     return found
+
+
+def _loads(bench: Bench) -> tuple[Results, Results]:
+    return bench.load(FEW, ONE, TWO, RPC, LLAMA), bench.load(MANY, TWO)
 
 
 def _ceiling(bench: Bench, users: int) -> float:

@@ -6,6 +6,7 @@ from tests.bench.bench import LLAMA_ONE, ONE, Bench
 from tests.bench.loads import token_s
 from tests.bench.read_rate import read_bytes_s
 from tests.bench.rows import Row, at_most
+from tests.bench.targets.one_user import ARMS
 
 
 def rows(bench: Bench) -> list[Row]:
@@ -17,7 +18,7 @@ def rows(bench: Bench) -> list[Row]:
             note="the ceiling reads the stage's bytes once, embedding included, at the rate of a plain read"),
     ]  # fmt: skip
     if bench.has(LLAMA_ONE):
-        llama_s = token_s(bench.load(1)[LLAMA_ONE])
+        llama_s = token_s(bench.load(1, *ARMS)[LLAMA_ONE])
         found += [
             Row(10, "the engine alone on one core, to llama.cpp on one core", engine_s / llama_s, "", None,
                 at_most(1.25)),

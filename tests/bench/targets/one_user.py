@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from tests.bench import ceilings
-from tests.bench.bench import LLAMA, ONE, RPC, TWO, Bench
+from tests.bench.bench import LLAMA, LLAMA_ONE, ONE, RPC, TWO, Bench
 from tests.bench.loads import token_s
 from tests.bench.rows import Row, at_most
 
+ARMS = (ONE, TWO, RPC, LLAMA, LLAMA_ONE)
+
 
 def rows(bench: Bench) -> list[Row]:
-    results = bench.load(1)
+    results = bench.load(1, *ARMS)
     one_s, two_s = token_s(results[ONE]), token_s(results[TWO])
     shot = bench.shot(1)
     (engine_s,), stages_s = bench.passes(ONE, shot), bench.passes(TWO, shot)
@@ -30,5 +32,6 @@ def rows(bench: Bench) -> list[Row]:
         found += [
             Row(1, "llama.cpp RPC: tokens a second", 1 / rpc_s, "tok/s"),
             Row(1, "llama.cpp, one process with both cores: tokens a second", 1 / llama_s, "tok/s"),
+            Row(1, "llama.cpp RPC: time per token, to llama.cpp on one core", rpc_s / token_s(results[LLAMA_ONE]), ""),
         ]
     return found

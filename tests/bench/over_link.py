@@ -1,0 +1,56 @@
+"""Two nodes with an emulated link between them, asked from the first one's side of it.
+
+Runs as a process inside that side's namespace and prints what it measured in one JSON line.
+Usage: python -m tests.bench.over_link FORM HOST HOST_BEYOND NAMESPACE_BEYOND BACKEND ROUNDS OUTPUT BYTES...
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from statistics import fmean
+
+from cluster.cli.bench_measures import Load
+from tests.bench.arms import Place, cluster_arm
+from tests.bench.cores import client_cores
+from tests.bench.hop_alone import hop_alone
+from tests.bench.loads import IN_TOKENS, first_s, run_load
+from tests.bench.model import FORMS, Form
+from tests.bench.targets.first_token import PROMPT
+
+_ROUND_TRIPS = 100
+
+
+def measure(
+    form: Form, places: tuple[Place, Place], backend: str, rounds: int, output: int, widths: list[int]
+) -> dict[str, object]:
+    """Seconds of a user's token (the mean: late frames count), of a long prompt's first token, and of hops over the
+    link by the bytes that they carry."""
+    with (
+        tempfile.TemporaryDirectory(prefix="potluck-bench-") as state,
+        cluster_arm("two nodes, linked", form, places, Path(state), backend=backend) as arm,
+    ):
+        results = run_load([arm], Load(1, IN_TOKENS, output, rounds=1), rounds)[arm.name]
+        answers = [asyncio.run(arm.endpoint.ask(arm.endpoint.prompt(PROMPT), 1)) for _ in range(rounds)]
+        beyond = places[1]
+        hops = {
+            width: hop_alone(width, host=beyond.host, there=beyond.words, round_trips=_ROUND_TRIPS) for width in widths
+        }
+        stages = arm.stages
+    token_s = fmean(1 / result.user_tokens_s for result in results if result.user_tokens_s)
+    return {"token_s": token_s, "first_s": first_s(answers), "hops_s": hops, "stages": stages}
+
+
+def main(name: str, host: str, beyond: str, space: str, backend: str, rounds: str, output: str, *widths: str) -> None:
+    os.sched_setaffinity(0, client_cores())
+    places = (Place(host), Place(beyond, ("ip", "netns", "exec", space)))
+    found = measure(FORMS[name], places, backend, int(rounds), int(output), [int(width) for width in widths])
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
