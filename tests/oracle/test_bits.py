@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -21,7 +21,7 @@ from cluster.models.checkpoint import open_checkpoint
 from cluster.models.facts import read_facts
 from cluster.types import Backend, LayerRange
 from node.engine import Engine
-from node.engines.mlx import weights as mlx_weights
+from node.engines.mlx import quantising as mlx_packing
 from node.engines.mlx.engine import MlxEngine
 from node.engines.mlx.reference import trace_whole_model as trace_by_mlx
 from node.engines.registry import create_engine
@@ -128,14 +128,14 @@ def test_what_mlx_lm_converted_without_packing_is_packed_alike(
 
 def _misplaced_scales(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each group is scaled as its neighbour is, in torch and in MLX."""
-    put, unpack = torch_packing._put, mlx_weights.unpack_rows
+    put, convert = torch_packing._put, mlx_packing.Packed.convert
     monkeypatch.setattr(torch_packing, "_put", lambda steps, bits, codes: put(steps.roll(1, dims=0), bits, codes))
 
-    def unpacked(weights: Mapping[str, mx.array], bits: int, dtype: mx.Dtype) -> dict[str, mx.array]:
-        arrays = unpack(weights, bits, dtype)
-        return {name: mx.roll(array, 1, 0) if name.endswith("scales") else array for name, array in arrays.items()}
+    def converted(form: mlx_packing.Packed, numbers: mx.array, first: int) -> tuple[mx.array, ...]:
+        codes, scales, biases = convert(form, numbers, first)
+        return codes, mx.roll(scales, 1, 0), biases
 
-    monkeypatch.setattr(mlx_weights, "unpack_rows", unpacked)
+    monkeypatch.setattr(mlx_packing.Packed, "convert", converted)
 
 
 def _unpacked(monkeypatch: pytest.MonkeyPatch) -> None:

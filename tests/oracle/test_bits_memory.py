@@ -64,8 +64,8 @@ def test_progress_rises_to_its_total(backend: Backend, checkpoint: Callable[[str
     assert (seen[0].done_bytes, seen[-1].done_bytes) == (0, seen[0].total_bytes)
 
 
-CONSTANT_BYTES = 12 << 20
-"""Code pages of kernels, thread stacks, the graph, one buffer to read through: what does not grow with the model."""
+CONSTANT_BYTES = 4 << 20
+"""Code pages of kernels, and what some rows are converted in: it does not grow with the model."""
 
 SIZES = {
     "llama": {"hidden_size": 1024, "intermediate_size": 3840},
@@ -92,7 +92,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pat
 def test_a_load_never_holds_the_slice_in_full_precision(
     family: str, backend: Backend, large: Callable[[str], tuple[Path, Path]]
 ) -> None:
-    """The packed slice, a tenth of it, and a tensor as it is stored; all of a stack's, which MLX reads together."""
+    """The packed slice, and a twentieth of it: no tensor is there as it is stored."""
     folder, warm = large(family)
     done = subprocess.run(
         [sys.executable, "-m", "tests.oracle.peak_memory", str(folder), str(warm), backend, "4"],
@@ -105,8 +105,6 @@ def test_a_load_never_holds_the_slice_in_full_precision(
     growth_bytes, slice_bytes = map(int, done.stdout.split())
     checkpoint = open_checkpoint(folder)
     whole_bytes = sum(layer.resident_bytes[backend] for layer in read_facts(checkpoint).layers[:8])
-    largest_bytes = max(tensor.size_bytes for tensor in checkpoint.tensors.values())
     assert slice_bytes > 48 << 20
-    together = 8 if (family, backend) == ("qwen3_moe", Backend.MLX) else 1
-    assert growth_bytes <= 1.10 * slice_bytes + together * largest_bytes + CONSTANT_BYTES
+    assert growth_bytes <= 1.05 * slice_bytes + CONSTANT_BYTES
     assert growth_bytes < whole_bytes / 2

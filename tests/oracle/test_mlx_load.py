@@ -233,16 +233,19 @@ print(engine.capacity().weight_bytes, mx.get_peak_memory(), resident_bytes("VmHW
 PEAK_CONSTANT_BYTES = 8 << 20
 """Code pages of kernels, thread stacks, the graph: what does not grow with the model."""
 
+ROWS_BYTES = 5 << 20
+"""Some rows of an expert on their way into its stack, and marks of which goes where; a stack has 16 MiB."""
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     ("family", "sizes"),
     [
         ("llama", {"hidden_size": 768, "intermediate_size": 2048, "head_dim": 64, "num_attention_heads": 12}),
-        ("qwen3_moe", {"hidden_size": 512, "moe_intermediate_size": 512}),
+        ("qwen3_moe", {"hidden_size": 512, "moe_intermediate_size": 1024}),
     ],
 )
-def test_a_load_needs_the_slice_and_a_tenth(family: str, sizes: dict[str, int], tmp_path: Path) -> None:
+def test_a_load_needs_the_slice_and_little_more(family: str, sizes: dict[str, int], tmp_path: Path) -> None:
     folder = make_checkpoint(family, tmp_path, layers=6, **sizes)
     done = subprocess.run(
         [sys.executable, "-c", PEAK_SCRIPT, str(folder)], capture_output=True, text=True, timeout=120, check=False
@@ -250,8 +253,8 @@ def test_a_load_needs_the_slice_and_a_tenth(family: str, sizes: dict[str, int], 
     assert done.returncode == 0, done.stderr[-2000:]
     slice_bytes, mlx_peak, resident_peak = map(int, done.stdout.split())
     assert slice_bytes > 80 << 20
-    assert mlx_peak <= 1.10 * slice_bytes
-    assert resident_peak <= 1.10 * slice_bytes + PEAK_CONSTANT_BYTES
+    assert mlx_peak <= slice_bytes + ROWS_BYTES
+    assert resident_peak <= slice_bytes + ROWS_BYTES + PEAK_CONSTANT_BYTES
 
 
 def test_close_frees_weights_and_cache(checkpoint: Checkpoints) -> None:

@@ -1,5 +1,5 @@
 """Unpacking at load on MLX, part by part: the same numbers wherever parts begin, and no more memory than the bytes that
-facts predict, one matrix as it is stored, and a bounded part."""
+facts predict and a few rows."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ pytest.importorskip("mlx_lm", reason="the MLX engine needs the extra [mlx]")
 
 import mlx.core as mx
 
-from cluster.limits import UNPACKED_BYTES_MAX
 from cluster.models.checkpoint import open_checkpoint
 from cluster.models.facts import read_facts
+from cluster.models.families import family_of
 from cluster.models.formats import read_quantization
 from cluster.models.matrices import read_matrices
 from cluster.placement import stage_cost
 from cluster.quantities import MIB
 from cluster.types import Backend
-from node.engines.mlx import eight_bits as unpacking
+from node.engines.mlx import by_rows, eight_bits, rows
 from node.engines.mlx.engine import MlxEngine
 from tests.checkpoints import make_checkpoint
 from tests.oracle.pipelines import stage_specs
-from tests.oracle.test_published_formats import BLOCK, STATED, eight_bits
+from tests.oracle.test_published_formats import BLOCK, STATED
+from tests.oracle.test_published_formats import eight_bits as packed_and_exact
 
-OTHERS_BYTES = MIB
-"""Norms and scales that are read along, and what is made of them."""
+OTHERS_BYTES = 5 * MIB
+"""Scales that are read along, and some rows at once on their way: as codes, in float32 twice, and rounded."""
 
 
 def with_large_matrices(folder: Path, kind: str) -> Path:
@@ -63,22 +64,33 @@ def test_eight_bits_are_unpacked_a_bounded_part_at_a_time(kind: str, tmp_path: P
     growth_bytes = mx.get_peak_memory() - before_bytes
     engine.close()
     assert stored_bytes >= 16 * MIB
-    assert growth_bytes <= cost.weight_bytes + stored_bytes + UNPACKED_BYTES_MAX + OTHERS_BYTES
+    assert growth_bytes <= cost.weight_bytes + OTHERS_BYTES
 
 
+@pytest.mark.parametrize("lazily", [False, True])
 @pytest.mark.parametrize("kind", STATED)
-def test_parts_hold_the_numbers_of_their_rows(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unpacking, "_PART_BYTES", 4 * 64 * 7)  # seven rows, or fewer: no divisor of a block's 48
-    folder, exact = eight_bits(make_checkpoint("llama", tmp_path / "llama"), kind)
+def test_parts_hold_the_numbers_of_their_rows(
+    kind: str, lazily: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Seven rows, or fewer: no divisor of a block's 48.
+    monkeypatch.setattr(eight_bits, "_PART_BYTES", 4 * 64 * 7)
+    monkeypatch.setattr(rows, "_NUMBERS_AT_ONCE", 64 * 7)
+    if lazily:
+        monkeypatch.setattr(by_rows, "is_packed_at_load", lambda *_: False)
+    folder, exact = packed_and_exact(make_checkpoint("llama", tmp_path / "llama"), kind)
     checkpoint = open_checkpoint(folder)
     stated = read_quantization(checkpoint.config, str(folder))
     assert stated is not None
     matrices = read_matrices(checkpoint.tensors.values(), stated, str(folder)).values()
     stored = mx.load(str(folder / "model.safetensors"))
     assert isinstance(stored, dict)
-    unpacked = unpacking.unpack(stored, matrices, stated.block, mx.float32)
+    family, _ = family_of(checkpoint.config, str(folder))
+    unpacked, sources = by_rows.split_off(stored, matrices, family, stated=stated, bits=None, dtype=mx.float32)
+    assert bool(sources) is not lazily
+    reader = rows.RowReader(folder, sources)
+    unpacked = reader.placed(unpacked | reader.marks())
     expected = mx.load(str(exact / "model.safetensors"))
     assert isinstance(expected, dict)
     assert unpacked.keys() == expected.keys()
     for name, numbers in expected.items():
-        assert mx.array_equal(unpacked[name], numbers).item(), name
+        assert mx.array_equal(reader.read(name) if name in reader else unpacked[name], numbers).item(), name

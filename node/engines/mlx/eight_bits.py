@@ -1,52 +1,64 @@
-"""Matrices of eight-bit floats (E4M3), lazily, as the numbers that they stand for.
+"""Matrices of eight-bit floats (E4M3) as the numbers that they stand for: a `Form` of `rows`.
 
 MLX multiplies with no such matrix whose scales are not powers of two, so they are unpacked while they are read: scaled
-in float32 and rounded once to the type that the model computes in, some rows at a time. Knows nothing of files.
+in float32 and rounded once to the type that the model computes in. Matrices that mlx-lm takes apart are unpacked
+lazily. Knows nothing of files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from math import ceil
 
 import mlx.core as mx
 
 from cluster.errors import ModelError
 from cluster.limits import UNPACKED_BYTES_MAX
-from cluster.models.formats import Packing
-from cluster.models.layout import canonical_name
 from cluster.models.matrices import Matrix, Role
+from node.engines.mlx.rows import Made
 
 _PART_BYTES = UNPACKED_BYTES_MAX // 32
-"""Of a matrix's numbers in float32. MLX begins some parts before others are done: together, with their scales and what
-is rounded, they were 24 times as much, however large the matrix."""
+"""Of a matrix's numbers in float32, where it is unpacked lazily. MLX begins some parts before others are done:
+together, with their scales and what is rounded, they were 24 times as much, however large the matrix."""
 
 _ScalesOf = Callable[[int, int], mx.array]
 """A scale for each number of some rows, or as few as say the same."""
 
 
-def unpack(
-    lazy: Mapping[str, mx.array], matrices: Iterable[Matrix], block: tuple[int, int] | None, dtype: mx.Dtype
-) -> dict[str, mx.array]:
-    """The tensors of `lazy` with every such matrix in full precision, and without what scaled it."""
-    unpacked = dict(lazy)
-    for matrix in matrices:
-        if matrix.packing is Packing.FP8:
-            parts = {role: unpacked.pop(canonical_name(tensor.name)) for role, tensor in matrix.tensors.items()}
-            scales_of = _by_rows(parts[Role.SCALES], matrix, block)
-            unpacked[canonical_name(matrix.name)] = _numbers(parts[Role.VALUES], scales_of, dtype)
-    return unpacked
+@dataclass(frozen=True, slots=True)
+class Unpacked:
+    """A matrix as numbers of `dtype`."""
+
+    columns: int
+    dtype: mx.Dtype
+    scales_of: _ScalesOf
+
+    @property
+    def made(self) -> tuple[Made, ...]:
+        return (Made("weight", self.columns, self.dtype),)
+
+    def convert(self, numbers: mx.array, first: int) -> tuple[mx.array, ...]:
+        exact = mx.from_fp8(numbers, dtype=mx.float32) * self.scales_of(first, first + numbers.shape[0])
+        return (exact.astype(self.dtype),)
 
 
-def _numbers(codes: mx.array, scales_of: _ScalesOf, dtype: mx.Dtype) -> mx.array:
-    """Part after part in the memory where the matrix stays: MLX writes into what nobody else will read."""
+def unpacked(
+    parts: Mapping[Role, mx.array], matrix: Matrix, block: tuple[int, int] | None, dtype: mx.Dtype
+) -> Unpacked:
+    return Unpacked(matrix.shape[-1], dtype, _by_rows(parts[Role.SCALES], matrix, block))
+
+
+def whole(parts: Mapping[Role, mx.array], form: Unpacked) -> mx.array:
+    """The matrix in full precision, lazily: part after part in the memory where it stays. MLX writes into what nobody
+    else will read."""
+    codes = parts[Role.VALUES]
     rows = codes.flatten(0, -2)
-    numbers = mx.zeros(rows.shape, dtype)
+    numbers = mx.zeros(rows.shape, form.dtype)
     step = max(1, _PART_BYTES // max(1, mx.float32.size * rows.shape[1]))
     for first in range(0, rows.shape[0], step):
         last = min(first + step, rows.shape[0])
-        exact = mx.from_fp8(rows[first:last], dtype=mx.float32) * scales_of(first, last)
-        numbers[first:last] = exact.astype(dtype)
+        (numbers[first:last],) = form.convert(rows[first:last], first)
     return numbers.reshape(codes.shape)
 
 

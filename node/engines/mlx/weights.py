@@ -27,12 +27,12 @@ from cluster.models.quantising import GROUP, bits_to_pack
 from cluster.types import Backend, DType
 from node.engine import AwaitTensors, LoadProgress, Progress, StageSpec
 from node.engines.mlx.arguments import Arguments
-from node.engines.mlx.eight_bits import unpack
+from node.engines.mlx.by_rows import split_off
 from node.engines.mlx.experts import in_stacks
 from node.engines.mlx.family import MlxFamily
 from node.engines.mlx.integers import confirm, in_affine_form, make_exact, take_out_biases, with_experts_stacked
-from node.engines.mlx.quantising import pack_rows, unpack_rows
 from node.engines.mlx.repack import Doubt
+from node.engines.mlx.rows import RowReader
 from node.engines.mlx.slicing import SlicedModel, build_model
 from node.engines.mlx.tensors import MLX_DTYPES
 
@@ -72,28 +72,23 @@ def load_slice(
         raise ModelError(f"{where}: MLX does not compute {unread[0]!r} exactly as it is packed; use torch nodes")
     if integers is not None:
         lazy, doubts = in_affine_form(lazy, matrices, integers, dtype)
-    eight_bits = stated is not None and stated.kind is Packing.FP8
-    if stated is not None and eight_bits:
-        lazy = unpack(lazy, matrices, stated.block, dtype)
-    lazy = _in_order_of_mlx(lazy, arguments.family)
-    if bits is not None:
-        family, _ = family_of(checkpoint.config, where)
-        lazy = pack_rows(lazy, family, bits, dtype)
+    family, _ = family_of(checkpoint.config, where)
+    lazy, sources = split_off(lazy, matrices, family, stated=stated, bits=bits, dtype=dtype)
+    rows = RowReader(checkpoint.folder, sources)
+    lazy = _in_order_of_mlx(lazy | rows.marks(), arguments.family)
     weights = _sanitised(model, lazy, _witness(checkpoint, arguments.family, lazy))
     if integers is not None:
         weights = with_experts_stacked(weights, lazy)
     del lazy  # else every expert would outlive the stack that it was copied to
-    if bits is not None:
-        weights = unpack_rows(weights, bits, dtype)
+    weights = rows.placed(weights)
     sliced = SlicedModel(model, arguments, spec.layers, dtype)
-    if not eight_bits:
+    if stated is None or stated.kind is not Packing.FP8:
         _quantise(model, weights, checkpoint, bits)
     if integers is not None:
         make_exact(model, weights, dtype)
         doubts += take_out_biases(weights, dict(tree_flatten(model.parameters())))
     _check(model, weights, spec)
-    total_bytes = sum(array.nbytes for array in weights.values())
-    _read(model, weights, total_bytes, progress, _Arriving(owned, spec.await_tensors))
+    total_bytes = _read(model, weights, rows, progress, _Arriving(owned, spec.await_tensors))
     confirm(doubts)
     sliced.seal()
     # Rotation frequencies are arrays as well, in no file and no parameter; nothing may stay unevaluated, because
@@ -224,18 +219,21 @@ class _Arriving:
 
 
 def _read(
-    model: nn.Module, weights: dict[str, mx.array], total_bytes: int, progress: Progress, arriving: _Arriving
-) -> None:
-    """Read tensor by tensor: a stack of experts is there twice only while that one stack is made."""
-    done_bytes = 0
+    model: nn.Module, weights: dict[str, mx.array], rows: RowReader, progress: Progress, arriving: _Arriving
+) -> int:
+    """Read tensor by tensor. Returns the bytes that all take."""
+    total_bytes, done_bytes = sum(array.nbytes for array in weights.values()), 0
     progress(LoadProgress(0, total_bytes))
     for name in sorted(weights, key=arriving.place):
         array = weights.pop(name)
         arriving.wait_for(name)
         try:
+            if name in rows:
+                array = rows.read(name)
             mx.eval(array)
         except (RuntimeError, OSError) as error:
             raise ModelError(f"{name} cannot be read ({error}); download the model again") from error
         model.load_weights([(name, array)], strict=False)
         done_bytes += array.nbytes
         progress(LoadProgress(min(done_bytes, total_bytes), total_bytes))
+    return total_bytes
