@@ -23,7 +23,7 @@ class Limit(enum.StrEnum):
     TOTAL = "total"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Times:
     """What has happened to a sequence so far, on the scheduler's clock."""
 

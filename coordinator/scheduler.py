@@ -1,8 +1,8 @@
 """Decides what each step computes. A pure state machine: it is told what happened, and when, and answers with steps
 and events; it has no clock, no tasks and no sockets.
 
-Decode rows go first, then prefill chunks within a token budget. With P stages, P steps are in flight and the
-decoding sequences are spread over them. Who has room in the caches is `admission`'s to say.
+Decode rows go first, then chunks of prompts. With P stages, P steps are in flight and the decoding sequences are spread
+over them. Who has room in the caches is `admission`'s to say, and how large chunks are `pacing`'s.
 """
 
 from __future__ import annotations
@@ -10,17 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from cluster.limits import STEP_ROWS_MAX
+from cluster.limits import STEP_ROWS_MAX, STEP_TOKENS_MAX
 from cluster.steps import CacheVerb, Drop, Row, Step, StepDone, StepFailed, StepOutcome, Trim
 from cluster.types import SequenceId, StepId
 from coordinator.admission import Admission, Room
 from coordinator.deadlines import Limit, Times
-from coordinator.lanes import Turns
+from coordinator.lanes import Lane, Turns
+from coordinator.pacing import Pace
 from coordinator.sequence import EndReason, SequenceAsk, SequenceState
-
-PREFILL_BUDGET_TOKENS = 512
-"""New tokens in one step. A chunk of this size keeps matrix products efficient and makes running answers wait
-for one chunk, not for a whole prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,19 +48,29 @@ class SequenceExpired:
     asked: bool  # the limit was the request's own
 
 
+@dataclass(frozen=True, slots=True)
+class _Dispatched:
+    """A step on its way."""
+
+    rows: tuple[Row, ...]
+    decoding: int  # how many of the rows compute a drawn token; the others are chunks
+    paced: bool  # somebody read along when its chunks were chosen
+
+
 Event = TokenDrawn | SequenceEnded | SequenceFailed | SequenceExpired
 
 
 class Scheduler:
     """The sequences of one installed plan. `now` is any clock's time in seconds that never goes back."""
 
-    def __init__(self, room: Room, *, budget_tokens: int = PREFILL_BUDGET_TOKENS) -> None:
+    def __init__(self, room: Room, *, budget_tokens: int = STEP_TOKENS_MAX, pace: Pace | None = None) -> None:
         self._room = room
         self._budget = budget_tokens
         self._admission = Admission(room)
         self._turns = Turns()  # of prompts to be computed
+        self._pace = pace or Pace(room.stages)
         self._live: dict[SequenceId, SequenceState] = {}  # waiting or running
-        self._in_flight: dict[StepId, tuple[Row, ...]] = {}
+        self._in_flight: dict[StepId, _Dispatched] = {}
         self._verbs: list[CacheVerb] = []
         self._next_step = 0
         self._arrived = 0
@@ -113,13 +120,13 @@ class Scheduler:
         # Drops come first in a step on every stage, so their room counts as free from here on.
         self._verbs += [Drop(state.ask.seq) for state in self._admission.admit(now)]
         self._rewind()
-        rows = tuple(self._rows())
+        dispatched = self._choose()
         verbs, self._verbs = tuple(self._verbs), []
-        if not rows and not verbs:
+        if not dispatched.rows and not verbs:
             return None
-        step = Step(StepId(self._next_step), verbs, rows)
+        step = Step(StepId(self._next_step), verbs, dispatched.rows)
         self._next_step += 1
-        self._in_flight[step.id] = rows
+        self._in_flight[step.id] = dispatched
         return step
 
     def _rewind(self) -> None:
@@ -129,41 +136,50 @@ class Scheduler:
                 self._verbs.append(Trim(state.ask.seq, state.rewind_to))
                 state.trimming_to, state.rewind_to = state.rewind_to, None
 
-    def _rows(self) -> Iterator[Row]:
+    def _choose(self) -> _Dispatched:
         running = self._admission.running.values()
         suspect = next((state for state in running if state.alone and (state.decoding or state.prefilling)), None)
         if suspect is not None:
-            yield suspect.take_row(self._budget)
-            return
-        decoding = [state for state in running if state.decoding]
-        alive = sum(state.generated > 0 and state.has_room for state in running)
-        share = min(-(-alive // self._room.stages), STEP_ROWS_MAX, self._budget)
-        for state in decoding[:share]:
-            yield state.take_row(1)
-        taken = len(decoding[:share])
-        yield from self._prefill(STEP_ROWS_MAX - taken, self._budget - taken)
+            return _Dispatched((suspect.take_row(self._budget),), 0, paced=True)
+        answering = [state for state in running if state.answering]
+        decoding = [state for state in answering if state.decoding]
+        share = min(-(-len(answering) // self._room.stages), STEP_ROWS_MAX, self._budget)
+        rows = [state.take_row(1) for state in decoding[:share]]
+        readers = sum(state.ask.lane is Lane.INTERACTIVE for state in answering)
+        prompts = [state for state in running if state.prefilling and not state.alone]
+        if readers:
+            lengths = [len(state.tokens) for state in prompts]
+            tokens = self._pace.beside_answers(share, len(rows), lengths, readers)
+        else:
+            tokens = self._pace.alone(sum(state.unsent for state in prompts))
+        chunks = self._chunks(prompts, STEP_ROWS_MAX - len(rows), min(tokens, self._budget - len(rows)))
+        return _Dispatched((*rows, *chunks), len(rows), paced=readers > 0)
 
-    def _prefill(self, rows: int, tokens: int) -> Iterator[Row]:
-        """Chunks of prompts, by lane and client in turns; a client's own in the order in which they came."""
-        left = [state for state in self._admission.running.values() if state.prefilling and not state.alone]
-        while left and rows > 0 and tokens > 0:
-            lane = self._turns.lanes({state.ask.lane for state in left})[0]
-            present = sorted((state for state in left if state.ask.lane is lane), key=lambda state: state.number)
-            client = self._turns.client(lane, (state.ask.client for state in present))
-            state = next(state for state in present if state.ask.client == client)
+    def _chunks(self, prompts: list[SequenceState], rows: int, tokens: int) -> Iterator[Row]:
+        """By lane and client in turns. A client's own in the order in which they came, but a prompt is overtaken by
+        shorter ones that came while it could have been computed."""
+        while prompts and rows > 0 and tokens > 0:
+            lane = self._turns.lanes({state.ask.lane for state in prompts})[0]
+            present = [state for state in prompts if state.ask.lane is lane]
+            client = self._turns.client(lane, dict.fromkeys(state.ask.client for state in present))
+            state = min((state for state in present if state.ask.client == client), key=self._could_be_computed_s)
             row = state.take_row(tokens)
-            left.remove(state)
+            prompts.remove(state)
             rows, tokens = rows - 1, tokens - len(row.tokens)
             self._turns.serve(lane, client, len(row.tokens))
             yield row
+
+    def _could_be_computed_s(self, state: SequenceState) -> tuple[float, int]:
+        return state.times.submitted_s + self._pace.token_s * len(state.tokens), state.number
 
     # -- What happened -----------------------------------------------------------------------------------
 
     def complete(self, outcome: StepOutcome, now: float) -> list[Event]:
         """A step came back. Outcomes of unknown steps are ignored: fail_all may have overtaken them."""
-        rows = self._in_flight.pop(outcome.step, None)
-        if rows is None:
+        dispatched = self._in_flight.pop(outcome.step, None)
+        if dispatched is None:
             return []
+        rows = dispatched.rows
         for row in rows:
             if row.seq in self._live:
                 self._live[row.seq].in_flight -= 1
@@ -172,6 +188,8 @@ class Scheduler:
                 self._admission.running[kept.seq].cut_to(kept.length)
         match outcome:
             case StepDone():
+                chunk_tokens = sum(len(row.tokens) for row in rows[dispatched.decoding :])
+                self._pace.note(outcome.marks, dispatched.decoding, chunk_tokens, paced=dispatched.paced)
                 return self._done(outcome, rows, now)
             case StepFailed():
                 return self._failed(outcome, rows)

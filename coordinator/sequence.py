@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from cluster.steps import Draw, Row, Sampling
 from cluster.types import SequenceId
@@ -94,12 +94,17 @@ class SequenceState:
         """One drawn token to compute."""
         return self.settled and self.has_room and self.unsent == 1 and self.generated > 0 and self.in_flight == 0
 
+    @property
+    def answering(self) -> bool:
+        """Its prompt is through, and tokens follow as fast as steps come back."""
+        return self.generated > 0 and self.has_room and self.unsent <= 1
+
     def begin(self, promised: int, now: float) -> None:
         """It has room from here on, and computes its tokens from the first one. None of its rows is under way."""
         self.promised = promised
         self.sent, self.rewind_to, self.trimming_to = 0, None, None
         if self.times.admitted_s is None:
-            self.times = replace(self.times, admitted_s=now)
+            self.times.admitted_s = now
 
     def take_row(self, tokens_max: int) -> Row:
         """The next row, marked as sent. It draws when it holds the last token."""
@@ -128,7 +133,7 @@ class SequenceState:
     def accept(self, token: int, now: float) -> EndReason | None:
         """Append a drawn token; tells whether the sequence ends with it."""
         self.tokens.append(token)
-        self.times = replace(self.times, token_s=now)
+        self.times.token_s = now
         ask = self.ask
         if token in ask.eos_ids and not ask.ignore_eos and self.generated > ask.min_tokens:
             return EndReason.STOP

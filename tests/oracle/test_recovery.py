@@ -13,11 +13,13 @@ import pytest
 pytest.importorskip("mlx_lm", reason="the MLX engine needs the extra [mlx]")
 
 from cluster.frames import Frame, Outcome
+from cluster.limits import STEP_TOKENS_MAX
 from cluster.plan import Fence
 from cluster.rewinding import WaysBack
 from cluster.steps import Boundary, Row, Sampling
 from cluster.types import DeploymentId, Epoch, SequenceId
 from coordinator.admission import Room
+from coordinator.pacing import Pace
 from coordinator.scheduler import Scheduler, SequenceFailed, TokenDrawn
 from coordinator.sequence import SequenceAsk
 from node.engine import Engine, Logits
@@ -32,6 +34,20 @@ CONTEXT = 512
 LENGTHS = (330, 290)
 
 
+class Unhurried(Pace):
+    """Steps are filled up to their budget in the order of arrival, however long they take."""
+
+    @property
+    def token_s(self) -> float:
+        return 0.0
+
+    def beside_answers(self, share: int, rows: int, prompts: Sequence[int], answers: int) -> int:
+        return STEP_TOKENS_MAX
+
+    def alone(self, tokens_left: int) -> int:
+        return STEP_TOKENS_MAX
+
+
 class Pipeline:
     """Two stages and the scheduler, in one process. The first stage computes every step as soon as it is dispatched,
     the second one only when no other may be, so that the first is ahead."""
@@ -41,7 +57,7 @@ class Pipeline:
         engines = load_pipeline(makers, specs)
         self._fail(engines[1], failing)
         self.stages = [StageRunner(engine, stage=i, is_last=i == 1) for i, engine in enumerate(engines)]
-        self.scheduler = Scheduler(Room(2, 4 * CONTEXT, CONTEXT), budget_tokens=budget)
+        self.scheduler = Scheduler(Room(2, 4 * CONTEXT, CONTEXT), budget_tokens=budget, pace=Unhurried(2))
         self.kept: list[int] = []  # by every trim, on the stage that kept the least
 
     @staticmethod

@@ -1,135 +1,114 @@
 """Thousands of random workloads through the scheduler and a pipeline that checks every row.
 
-Requests come and go, clients cancel, steps fail with and without blame, trims keep less than asked. Whatever
-happens: every sequence ends exactly once, no row starts anywhere but at its cache's end, the cache never holds
-more than was promised, and nothing is left when all is over.
+Requests come and go, in both lanes and from several clients, with and without a length; clients cancel, steps fail
+with and without blame, trims keep less than asked, deadlines pass, room runs out. Whatever happens: every sequence ends
+exactly once, and with the tokens that it would have drawn alone; no row starts anywhere but at its cache's end, the
+caches never hold more than was promised, and nothing is left whenever all is idle.
 """
 
 from __future__ import annotations
 
 import random
-from collections import deque
-from dataclasses import replace
+from collections import Counter
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cluster.steps import Drawn, Drop, Fork, Honoured, Sampling, Step, StepDone, StepFailed, StepOutcome, Trim
+from cluster.steps import Sampling
 from cluster.types import SequenceId
 from coordinator.admission import Room
+from coordinator.deadlines import Deadlines, Limit
 from coordinator.lanes import Lane
-from coordinator.scheduler import Scheduler, SequenceEnded, SequenceFailed, TokenDrawn
+from coordinator.scheduler import Scheduler
 from coordinator.sequence import SequenceAsk
+from tests.simulation.stages import END, Costs, Stages
+from tests.simulation.world import Arrival, Life, World
 
-END = 0
-STEPS_MAX = 20_000
-
-
-class CheckedStages:
-    """The stages, one after another: what each holds, and an error for any row that does not continue it."""
-
-    def __init__(self, rng: random.Random, room: Room) -> None:
-        self._rng = rng
-        self._room = room
-        self._stages: list[dict[SequenceId, int]] = [{} for _ in range(room.stages)]
-
-    @property
-    def held(self) -> set[SequenceId]:
-        return {seq for stage in self._stages for seq in stage}
-
-    def run(self, step: Step) -> StepOutcome:
-        kept: dict[SequenceId, int] = {}
-        failure: StepFailed | None = None
-        for index, stage in enumerate(self._stages):
-            self._obey(step, stage, kept)
-            if failure is None and (wrong := self._trouble(step, stage)):
-                blamed = (step.rows[0].seq,) if len(step.rows) == 1 else ()
-                failure = StepFailed(step.id, index, wrong, blamed)
-            if failure is None:
-                stage.update({row.seq: row.end for row in step.rows})
-                assert sum(stage.values()) <= self._room.kv_tokens, "more is cached than was promised"
-                assert len(stage) <= self._room.sequences, "more sequences are cached than were promised"
-        honoured = tuple(Honoured(seq, length) for seq, length in kept.items())
-        if failure is not None:
-            return replace(failure, honoured=honoured)
-        drawn = tuple(Drawn(row.seq, row.end, self._rng.choice([END, 5, 6, 7, 8])) for row in step.rows if row.draw)
-        return StepDone(step.id, drawn, honoured, ())
-
-    def _obey(self, step: Step, stage: dict[SequenceId, int], kept: dict[SequenceId, int]) -> None:
-        for verb in step.verbs:
-            match verb:
-                case Drop(seq):
-                    stage.pop(seq, None)
-                case Trim(seq, length):
-                    asked = min(length, stage.get(seq, 0))
-                    stage[seq] = asked if self._rng.random() < 0.8 else self._rng.randint(0, asked)
-                    kept[seq] = min(stage[seq], kept.get(seq, length))
-                case Fork():
-                    raise AssertionError("this scheduler forks nothing")
-
-    def _trouble(self, step: Step, stage: dict[SequenceId, int]) -> str:
-        wrong = [row.seq for row in step.rows if row.start != stage.get(row.seq, 0)]
-        if wrong:
-            return f"{wrong} do not continue their cache"
-        return "injected" if step.rows and self._rng.random() < 0.02 else ""
+ENDS = {"stop", "length", "cancelled", "injected", "turned away", *Limit}
 
 
-@pytest.mark.parametrize("seeds", [range(start, start + 250) for start in range(0, 2000, 250)], ids=str)
-def test_every_sequence_ends_once_and_nothing_is_left(seeds: range) -> None:
-    for seed in seeds:
-        simulate(seed)
-
-
-def simulate(seed: int) -> None:
+def simulate(seed: int) -> list[Life]:
+    """A workload and a machine drawn from a seed."""
     rng = random.Random(seed)
     room = Room(rng.randint(1, 4), kv_tokens=rng.randint(60, 200), context_tokens=60, sequences=rng.choice([1, 3, 256]))
-    scheduler = Scheduler(room, budget_tokens=rng.randint(1, 24))
-    stages = CheckedStages(rng, room)
-    asks = deque(
-        SequenceAsk(
-            SequenceId(number),
-            tuple(rng.randint(1, 9) for _ in range(rng.randint(1, 40))),
-            Sampling(seed=number),
-            max_tokens=rng.randint(1, 20),
-            open_ended=rng.random() < 0.5,
-            lane=rng.choice(list(Lane)),
-            client=rng.choice("ab"),
-            min_tokens=rng.randint(0, 3),
-            eos_ids=frozenset({END}),
-        )
-        for number in range(rng.randint(1, 12))
+    costs = Costs(rng.uniform(0.001, 0.05), rng.uniform(0.0, 0.01))
+    is_troubled = rng.random() < 0.5
+    stages = Stages(room, costs, rng, failing=0.02 * is_troubled, forgetful=0.2 * is_troubled, jitter=rng.random())
+    scheduler = Scheduler(room, budget_tokens=rng.choice([1, 7, 24, 2048]))
+    world = World(scheduler, stages, [_arrival(rng, number, room) for number in range(rng.randint(1, 12))])
+    return list(world.run().values())
+
+
+def _arrival(rng: random.Random, number: int, room: Room) -> Arrival:
+    prompt = tuple(rng.randint(1, 9) for _ in range(rng.randint(1, 40)))
+    is_open = rng.random() < 0.5
+    ask = SequenceAsk(
+        SequenceId(number),
+        prompt,
+        Sampling(seed=rng.randint(0, 99)),
+        max_tokens=min(room.context_tokens, room.kv_tokens) - len(prompt) if is_open else rng.randint(1, 20),
+        min_tokens=rng.randint(0, 3),
+        eos_ids=frozenset({END}) if rng.random() < 0.8 else frozenset(),
+        open_ended=is_open,
+        lane=rng.choice(list(Lane)),
+        client=rng.choice("ab"),
+        deadlines=_deadlines(rng) if rng.random() < 0.2 else Deadlines(),
     )
-    ended: dict[SequenceId, str] = {}
-    cancelled: set[SequenceId] = set()
-    submitted: list[SequenceAsk] = []
-    pipeline: deque[Step] = deque()
-    for _ in range(STEPS_MAX):
-        if asks and rng.random() < 0.3:
-            submitted.append(asks.popleft())
-            scheduler.submit([submitted[-1]], 0.0)
-        if submitted and rng.random() < 0.02:
-            victim = rng.choice(submitted).seq
-            if victim not in ended:
-                cancelled.add(victim)
-                scheduler.cancel(victim)
-        while (step := scheduler.next_step(0.0)) is not None:
-            pipeline.append(step)
-        if not pipeline:
-            if not asks:
-                break
-            continue
-        for event in scheduler.complete(stages.run(pipeline.popleft()), 0.0):
-            assert event.seq not in ended, f"seed {seed}: sequence {event.seq} ended twice"
-            assert event.seq not in cancelled, f"seed {seed}: an event of cancelled sequence {event.seq}"
-            match event:
-                case SequenceEnded(seq, reason):
-                    ended[seq] = reason
-                case SequenceFailed(seq, reason):
-                    assert reason == "injected", f"seed {seed}: sequence {seq} failed for another's trouble: {reason}"
-                    ended[seq] = reason
-                case TokenDrawn():
-                    pass
-    missing = {ask.seq for ask in submitted} - ended.keys() - cancelled
-    assert not missing, f"seed {seed}: sequences {missing} never ended"
-    assert not asks, f"seed {seed}: requests were left over"
-    assert not stages.held, f"seed {seed}: the caches of {stages.held} were never freed"
-    assert (scheduler.running, scheduler.waiting, scheduler.in_flight, scheduler.reserved_tokens) == (0, 0, 0, 0)
+    at_s = rng.choice([0.0, rng.uniform(0, 2)])
+    return Arrival(at_s, ask, at_s + rng.uniform(0, 1) if rng.random() < 0.1 else None)
+
+
+def _deadlines(rng: random.Random) -> Deadlines:
+    return Deadlines(rng.uniform(0.2, 3), rng.uniform(0.2, 3), rng.uniform(0.02, 0.5), rng.uniform(0.5, 5))
+
+
+@pytest.mark.parametrize("seeds", [range(start, start + 500) for start in range(0, 4000, 500)], ids=str)
+def test_every_request_ends_once_as_it_would_alone_and_nothing_is_left(seeds: range) -> None:
+    seen: Counter[str] = Counter()
+    thrown_out = 0
+    for seed in seeds:
+        try:
+            lives = simulate(seed)
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
+        assert {life.end for life in lives} <= ENDS, f"seed {seed}"
+        seen.update(life.end for life in lives)
+        thrown_out += sum(life.drops > 0 and life.end in ("stop", "length") for life in lives)
+    # The workloads reach what they are about.
+    assert seen.keys() >= {"stop", "length", "cancelled", "injected", *(Limit)}
+    assert thrown_out > 20
+
+
+@given(
+    stages=st.integers(1, 4),
+    kv_tokens=st.integers(30, 90),
+    requests=st.lists(
+        st.tuples(st.integers(1, 20), st.booleans(), st.sampled_from(Lane), st.sampled_from("abc"), st.integers(0, 20)),
+        min_size=1,
+        max_size=8,
+    ),
+)
+@settings(max_examples=300, deadline=None)
+def test_whatever_is_asked_comes_to_its_end(
+    stages: int, kv_tokens: int, requests: list[tuple[int, bool, Lane, str, int]]
+) -> None:
+    """Nothing fails here and nobody leaves, so all end with their whole answer. Failures come out small."""
+    room = Room(stages, kv_tokens, context_tokens=30)
+    arrivals = [
+        Arrival(
+            at / 20,
+            SequenceAsk(
+                SequenceId(number),
+                (1,) * prompt,
+                Sampling(seed=number),
+                30 - prompt if is_open else 10,
+                open_ended=is_open,
+                lane=lane,
+                client=client,
+            ),
+        )
+        for number, (prompt, is_open, lane, client, at) in enumerate(requests)
+    ]
+    world = World(Scheduler(room), Stages(room, Costs(), random.Random(0)), arrivals)
+    assert {life.end for life in world.run().values()} == {"length"}

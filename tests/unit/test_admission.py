@@ -73,9 +73,13 @@ def test_who_starts_again_computes_its_tokens_and_draws_the_next_one() -> None:
         it.complete(done(step), NOW)
     it.complete(done(step), NOW)
     it.cancel(SequenceId(0))
-    step = step_of(it)
-    assert [(row.seq, row.start, row.draw is not None) for row in step.rows] == [(1, 0, True)]
-    assert len(step.rows[0].tokens) > 515
+    first = step_of(it)
+    it.complete(done(first), NOW)
+    second = step_of(it)
+    assert [(row.seq, row.start, row.end, row.draw is not None) for row in (*first.rows, *second.rows)] == [
+        (1, 0, 512, False),
+        (1, 512, second.rows[0].end, True),
+    ]
 
 
 def test_who_named_a_length_is_not_thrown_out_for_who_did_not() -> None:

@@ -1,0 +1,161 @@
+"""A scheduler, its stages and their clients on a virtual clock; watches over what must hold at every moment."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from cluster.errors import AtCapacity
+from cluster.steps import Draw, Drop, StepOutcome
+from cluster.types import SequenceId
+from coordinator.lanes import Lane
+from coordinator.scheduler import Scheduler, SequenceEnded, SequenceExpired, SequenceFailed, TokenDrawn
+from coordinator.sequence import SequenceAsk
+from tests.simulation.stages import END, Stages, token_at
+
+TICK_S = 0.1
+"""How often deadlines are looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """Somebody asks at some time, and perhaps goes away."""
+
+    at_s: float
+    ask: SequenceAsk
+    leaves_s: float | None = None
+
+
+@dataclass(slots=True)
+class Life:
+    """What became of a request."""
+
+    arrival: Arrival
+    tokens_s: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    end: str = ""  # how it ended
+    end_s: float = 0.0
+    drops: int = 0  # steps that threw it out of the caches before its end
+
+    @property
+    def first_token_s(self) -> float:
+        return self.tokens_s[0] - self.arrival.at_s
+
+    @property
+    def gaps_s(self) -> list[float]:
+        return [after - before for before, after in itertools.pairwise(self.tokens_s)]
+
+
+def expected_answer(ask: SequenceAsk) -> list[int]:
+    """What it draws when nothing else is computed."""
+    answer: list[int] = []
+    while len(answer) < ask.max_tokens:
+        banned = tuple(ask.eos_ids) if len(answer) < ask.min_tokens else ()
+        draw = Draw(ask.sampling, len(ask.prompt), banned)
+        answer.append(token_at(ask.sampling.seed, len(ask.prompt) + len(answer), draw))
+        if answer[-1] in ask.eos_ids:
+            break
+    return answer
+
+
+class World:
+    """Run it once."""
+
+    def __init__(self, scheduler: Scheduler, stages: Stages, arrivals: Iterable[Arrival]) -> None:
+        self.scheduler = scheduler
+        self.stages = stages
+        self.lives = {arrival.ask.seq: Life(arrival) for arrival in arrivals}
+        self._now = 0.0
+        self._order = itertools.count()
+        self._agenda: list[tuple[float, int, Arrival | SequenceId | StepOutcome | None]] = []
+
+    def run(self) -> dict[SequenceId, Life]:
+        """Until nothing is left to happen."""
+        for life in self.lives.values():
+            self._plan(life.arrival.at_s, life.arrival)
+            if life.arrival.leaves_s is not None:
+                self._plan(life.arrival.leaves_s, life.arrival.ask.seq)
+        self._plan(TICK_S, None)
+        while self._agenda:
+            self._now, _, what = heapq.heappop(self._agenda)
+            match what:
+                case None:
+                    self._tick()
+                case Arrival():
+                    self._submit(what)
+                case int():
+                    self._leave(what)
+                case _:
+                    self._hear(self.scheduler.complete(what, self._now))
+            self._dispatch()
+        self._check_idle()
+        return self.lives
+
+    def _plan(self, at_s: float, what: Arrival | SequenceId | StepOutcome | None) -> None:
+        heapq.heappush(self._agenda, (at_s, next(self._order), what))
+
+    def _tick(self) -> None:
+        self._hear(self.scheduler.expire(self._now))
+        for life in self.lives.values():
+            limits = life.arrival.ask.deadlines
+            overdue_s = self._now - life.arrival.at_s - limits.total_s
+            assert life.end or overdue_s < TICK_S + 1e-9, f"{life} outlives its deadline"
+        if any(not life.end for life in self.lives.values()):
+            self._plan(self._now + TICK_S, None)
+
+    def _submit(self, arrival: Arrival) -> None:
+        try:
+            self.scheduler.submit([arrival.ask], self._now)
+        except AtCapacity:
+            self._end(arrival.ask.seq, "turned away")
+
+    def _leave(self, seq: SequenceId) -> None:
+        if not self.lives[seq].end:
+            self.scheduler.cancel(seq)
+            self._end(seq, "cancelled")
+
+    def _dispatch(self) -> None:
+        while (step := self.scheduler.next_step(self._now)) is not None:
+            for verb in step.verbs:
+                if isinstance(verb, Drop):
+                    self.lives[verb.seq].drops += not self.lives[verb.seq].end
+            at_s, outcome = self.stages.run(step, self._now)
+            assert self.scheduler.reserved_tokens >= sum(
+                held for seq, held in self.stages.held.items() if not self.lives[seq].end
+            ), "a running sequence has more in the caches than was promised to it"
+            self._plan(at_s, outcome)
+        if not (self.scheduler.running or self.scheduler.waiting or self.scheduler.in_flight):
+            self._check_idle()
+
+    def _check_idle(self) -> None:
+        """Conservation: all that was taken has been given back."""
+        scheduler = self.scheduler
+        assert not self.stages.held, f"the caches of {self.stages.held} were never freed"
+        assert (scheduler.running, scheduler.waiting, scheduler.in_flight, scheduler.reserved_tokens) == (0, 0, 0, 0)
+
+    def _hear(self, events: Iterable[TokenDrawn | SequenceEnded | SequenceFailed | SequenceExpired]) -> None:
+        for event in events:
+            life = self.lives[event.seq]
+            assert not life.end, f"{event} after its end: {life.end}"
+            match event:
+                case TokenDrawn(_, token):
+                    life.tokens.append(token)
+                    life.tokens_s.append(self._now)
+                case SequenceEnded(seq, reason):
+                    self._end(seq, reason.value)
+                case SequenceFailed(seq, reason):
+                    self._end(seq, reason)
+                case SequenceExpired(seq, limit):
+                    self._end(seq, limit.value)
+
+    def _end(self, seq: SequenceId, how: str) -> None:
+        life = self.lives[seq]
+        life.end, life.end_s = how, self._now
+        ask = life.arrival.ask
+        if how in ("stop", "length"):
+            assert life.tokens == expected_answer(ask), f"{seq} drew other tokens than alone"
+            assert (life.tokens[-1] == END and END in ask.eos_ids) == (how == "stop")
+        if ask.lane is Lane.INTERACTIVE and not ask.open_ended:
+            assert life.drops == 0, "it was promised its worst case"
