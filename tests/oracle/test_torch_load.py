@@ -21,6 +21,7 @@ from cluster.models.layout import owned_tensors
 from cluster.types import DType, TensorSpec
 from node.engine import LoadProgress, StageSpec
 from node.engines.torch.engine import TorchEngine
+from node.engines.torch.ordered import Ordered
 from node.engines.torch.tensors import device_from
 from tests.checkpoints import FAMILIES, make_checkpoint
 from tests.oracle.conftest import TOLERANCE
@@ -40,7 +41,12 @@ def load(spec: StageSpec) -> TorchEngine:
 def parameters(engine: TorchEngine) -> dict[str, torch.Tensor]:
     assert engine._stage is not None
     sliced = engine._stage.sliced
-    return {sliced.whole_name(name): value for name, value in sliced.model.named_parameters()}
+    found = {sliced.whole_name(name): value for name, value in sliced.model.named_parameters()}
+    for path, module in sliced.model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Ordered):
+                found[sliced.whole_name(f"{path}.{name}")] = value.plain()
+    return found
 
 
 def copied(folder: Path, to: Path, **config: object) -> Path:
@@ -156,7 +162,9 @@ def test_weights_stored_in_another_type_are_converted_through_a_small_buffer(
     spec = stage_specs(checkpoint("qwen3_moe"), ())[0]
     exact = parameters(load(spec))
     narrow = replace(spec, boundary=(TensorSpec("hidden", (64,), DType.BF16),))
-    for name, value in parameters(load(narrow)).items():
+    found = parameters(load(narrow))
+    assert found.keys() == exact.keys()
+    for name, value in found.items():
         assert value.dtype == torch.bfloat16
         assert torch.equal(value, exact[name].bfloat16()), name
 
@@ -264,19 +272,20 @@ def test_a_device_that_does_not_exist_is_a_usage_error(device: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
-def test_a_load_needs_little_more_memory_than_its_slice(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "dtype"), [("llama", "float32"), ("llama", "bfloat16"), ("qwen3_moe", "float32")])
+def test_a_load_needs_little_more_memory_than_its_slice(family: str, dtype: str, tmp_path: Path) -> None:
     """A slice of some 80 MB of a checkpoint of some 160 MB; growth of the peak at most the slice and a tenth."""
     folder = make_checkpoint(
         family,
         tmp_path / "large",
         layers=16,
-        hidden_size=512,
-        intermediate_size=1536,
+        dtype=dtype,
+        hidden_size=512 if dtype == "float32" else 768,
+        intermediate_size=1536 if dtype == "float32" else 2048,
         moe_intermediate_size=192,
         shards=2,
     )
-    warm = make_checkpoint(family, tmp_path / "warm")
+    warm = make_checkpoint(family, tmp_path / "warm", dtype=dtype)
     output = subprocess.run(
         [sys.executable, "-m", "tests.oracle.peak_memory", str(folder), str(warm)],
         check=True,

@@ -1,6 +1,7 @@
-"""Packed matrices in the place of a slice's parameters: whole ones, stacks of experts, and what expands latents.
+"""Matrices in the place of a slice's parameters: packed ones (whole, stacks of experts, what expands latents), and
+plain ones in the order of the processor's products.
 
-Knows no files and no formats; `layouts` reads them, matrix by matrix.
+Knows no files and no formats; `layouts` reads the packed ones, matrix by matrix.
 """
 
 from __future__ import annotations
@@ -15,17 +16,21 @@ from node.engines.torch.int4 import in_order_of_kernel
 from node.engines.torch.integers import Read
 from node.engines.torch.latent import Halves
 from node.engines.torch.layouts import read_packed
+from node.engines.torch.ordered import Fill, Ordered, has_order, in_order
 from node.engines.torch.packed import Affine, Packed
 from node.engines.torch.places import Place, stack_of
 from node.engines.torch.products import Joined, Stack, Whole
 from node.engines.torch.slicing import SlicedModel
 
-StandIn = Whole | Stack | Halves
+StandIn = Whole | Stack | Halves | Ordered
+
+_EXPANSIONS = "kv_b_proj.weight"
+"""They are multiplied transposed too, which no kernel does; their halves are not."""
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A parameter that gives way to packed matrices, wherever the model uses it."""
+    """A parameter that gives way to other matrices, wherever the model uses it."""
 
     name: str
     parameter: torch.Tensor  # on the meta device
@@ -35,21 +40,15 @@ class Slot:
     @classmethod
     def free(cls, model: torch.nn.Module, parameter: torch.Tensor, name: str, places: Sequence[Place]) -> Slot:
         """Take the parameter out of the model."""
-        users = tuple(
-            (module, attribute)
-            for module in model.modules()
-            for attribute, value in module._parameters.items()
-            if value is parameter
-        )
+        users = _users(model, parameter)
         for module, attribute in users:
             del module._parameters[attribute]
         return cls(name, parameter, users, places)
 
     def fill(self, sliced: SlicedModel, quantization: Quantization | None, read: Read) -> None:
-        """Put in its place what the places hold."""
+        """Put in its place the packed matrices that the places hold."""
         looks_up = [isinstance(module, torch.nn.Embedding) for module, _ in self.users]
-        is_expansion, is_halved = self.name.endswith("kv_b_proj.weight"), self.places[0].half is not None
-        # What expands latents is multiplied transposed too, which no kernel does; its halves are not.
+        is_expansion, is_halved = self.name.endswith(_EXPANSIONS), self.places[0].half is not None
         is_multiplied = not all(looks_up) and (is_halved or not is_expansion)
 
         def wholes(place: Place) -> list[Whole]:
@@ -67,14 +66,38 @@ class Slot:
             stand_in = Halves(keys, values)
         else:
             (stand_in,) = wholes(self.places[0])
+        self._put(stand_in)
+
+    def fill_in_order(self, fill: Fill) -> None:
+        """Put in its place the plain matrix that `fill` reads."""
+        self._put(in_order(self.parameter.shape, self.parameter.dtype, fill))
+
+    def _put(self, stand_in: StandIn) -> None:
         for module, attribute in self.users:
             setattr(module, attribute, stand_in)
+
+
+def is_ordered(model: torch.nn.Module, parameter: torch.Tensor, place: Place) -> bool:
+    """Whether a plain matrix is only multiplied, by a product for which it may be put in order."""
+    if parameter.ndim != 2 or not place.is_whole or place.parameter.endswith(_EXPANSIONS):
+        return False
+    linears = all(type(module) is torch.nn.Linear for module, _ in _users(model, parameter))
+    return linears and has_order(parameter.dtype)
 
 
 def stand_ins(model: torch.nn.Module) -> list[StandIn]:
     """Everything that was put in the place of a parameter, each once."""
     values = (value for module in model.modules() for value in vars(module).values())
     return list({id(value): value for value in values if isinstance(value, StandIn)}.values())
+
+
+def _users(model: torch.nn.Module, parameter: torch.Tensor) -> tuple[tuple[torch.nn.Module, str], ...]:
+    return tuple(
+        (module, attribute)
+        for module in model.modules()
+        for attribute, value in module._parameters.items()
+        if value is parameter
+    )
 
 
 def _stack(sliced: SlicedModel, slot: Slot, wholes: Callable[[Place], list[Whole]]) -> Stack:

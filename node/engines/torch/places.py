@@ -58,6 +58,11 @@ class Place:
     half: int | None = None  # gates are the first half of an expert's outputs, ups the second; keys and values alike
     less: int = 0  # what was added to the values before they were stored
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the matrix is the parameter as it is."""
+        return self.view is _whole and not self.less
+
 
 def find_places(
     sliced: SlicedModel, parameters: Mapping[str, torch.Tensor], matrices: Iterable[Matrix], checkpoint: Checkpoint

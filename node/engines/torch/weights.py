@@ -2,8 +2,9 @@
 
 Each tensor's bytes are read into its parameter's own memory, or through one small buffer when the parameter is
 on another device, of another type, or laid out otherwise, so that a load never needs more than the slice. Packed
-matrices stay packed. Before anything is read, every element of every parameter has its place in a file, and every
-tensor its parameter. Knows bytes; which tensors a stage owns is `cluster.models.layout`, where they go is `places`.
+matrices stay packed; plain ones are put in the order of the processor's products, where it has one. Before anything is
+read, every element of every parameter has its place in a file, and every tensor its parameter. Knows bytes; which
+tensors a stage owns is `cluster.models.layout`, where they go is `places`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -25,7 +27,7 @@ from cluster.models.quantising import bits_to_pack
 from cluster.quantities import MIB
 from node.engine import LoadProgress, Progress, StageSpec
 from node.engines.torch.integers import confirm_zero, take_out_biases
-from node.engines.torch.packing import Slot, stand_ins
+from node.engines.torch.packing import Slot, is_ordered, stand_ins
 from node.engines.torch.places import Place, find_places
 from node.engines.torch.quantising import Packer
 from node.engines.torch.slicing import SlicedModel, stored_tensors
@@ -59,14 +61,21 @@ def load_weights(
     has_integers = quantization is not None and quantization.kind in INTEGER_PACKINGS
     strays = take_out_biases(matrices, sliced.local_name, meta) if has_integers else []
     plain, packed = _apart(find_places(sliced, meta, matrices.values(), checkpoint))
-    slots = [Slot.free(sliced.model, meta[name], name, places) for name, places in packed.items()]
+    in_order: dict[str, list[Place]] = {}
+    if device.type == "cpu":
+        in_order = {p.parameter: [p] for p in plain if is_ordered(sliced.model, meta[p.parameter], p)}
+        plain = [place for place in plain if place.parameter not in in_order]
+    slots = [Slot.free(sliced.model, meta[name], name, places) for name, places in (packed | in_order).items()]
     _widen(sliced, plain)
     _materialise(sliced.model, device)
     parameters = dict(stored_tensors(sliced.model))
     jobs: list[Place | Slot] = [*plain, *slots]
     for place in sorted(jobs, key=_begins):  # as they arrive
         if isinstance(place, Slot):
-            place.fill(sliced, quantization, read)
+            if place.name in in_order:
+                place.fill_in_order(partial(reader.fill_rows, place.places[0].matrix.values))
+            else:
+                place.fill(sliced, quantization, read)
             continue
         parameter = parameters[place.parameter]
         reader.fill(place.view(parameter), place.matrix.values)
@@ -148,15 +157,19 @@ class _Reader:
         self.fill(result, tensor)
         return result
 
-    def fill(self, region: torch.Tensor, tensor: StoredTensor) -> None:
-        """Read the tensor into a region of the same shape."""
+    def fill_rows(self, tensor: StoredTensor, region: torch.Tensor, first: int) -> None:
+        """Read rows of a matrix into the region, from the row `first` on."""
+        self.fill(region, tensor, first * region.shape[1] * tensor.dtype.size_bytes)
+
+    def fill(self, region: torch.Tensor, tensor: StoredTensor, skipped: int = 0) -> None:
+        """Read the tensor into a region of the same shape, or what follows so many bytes of it."""
         self.spec.await_tensors((tensor.name,))
         try:
             descriptor = os.open(self.spec.folder / tensor.file, os.O_RDONLY)
         except OSError as error:
             raise ModelError(f"{tensor.file} cannot be read ({error.strerror}); it holds {tensor.name!r}") from error
         try:
-            self._fill(descriptor, region, tensor, tensor.begin)
+            self._fill(descriptor, region, tensor, tensor.begin + skipped)
         finally:
             os.close(descriptor)
 
