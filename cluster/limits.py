@@ -101,6 +101,10 @@ QUEUED_PROMPT_TOKENS_MAX: Final = 1 << 19
 """Prompt tokens waiting in a lane: 64 chats of 8,192 tokens. At 1,000 tokens a second they are nine minutes of prefill;
 a queue of long documents is full before it has 128 of them."""
 
+UNREAD_TOKENS_MAX: Final = 16_384
+"""Tokens of an answer that wait for a client to read on, in 2 MiB. The sockets' buffers hold as many again, so a paused
+terminal loses nothing; a client that never reads cannot fill memory with a long answer, nor keep its cache."""
+
 RETRY_AFTER_MAX_S: Final = 120.0
 """The longest that a client is told to stay away; the queue's pace says little about later."""
 
@@ -120,6 +124,9 @@ SIGHTING_ADDRESSES_MAX: Final = 16
 """Addresses kept of one advertisement: a machine with four cards has about twelve."""
 
 # -- Time ------------------------------------------------------------------------------------------------
+
+UNREAD_TIMEOUT_S: Final = 300.0
+"""A stream of which a client reads nothing for so long is closed; somebody may look at what a paused terminal shows."""
 
 QUEUE_TIMEOUT_S: Final = 300.0
 """An interactive request's wait for room. Official clients give up after 600 s: half of it is left for the answer."""

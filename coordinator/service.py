@@ -5,7 +5,6 @@ Owns the life of every request: its sequences, its events, its cancellation. Kno
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, replace
@@ -25,9 +24,10 @@ from coordinator.generation import (
     TokenEvent,
 )
 from coordinator.lanes import Lane
-from coordinator.scheduler import Event, SequenceEnded, SequenceExpired, SequenceFailed, TokenDrawn
+from coordinator.scheduler import SequenceEnded, SequenceExpired, SequenceFailed, TokenDrawn
 from coordinator.sequence import SequenceAsk
 from coordinator.serving import Serving, first_token
+from coordinator.unread import Unread
 
 _PROBE_TIMEOUT_S = 30.0
 """`/ready` gives up on its token after this; the queue may be long, but a minute without one is not ready."""
@@ -118,9 +118,9 @@ class InferenceService:
         choices = {serving.new_sequence(): choice for choice in request.choices(serving.room.context_tokens)}
         if any(choice.max_tokens < 1 for choice in choices.values()):
             raise RequestError("the prompt leaves no room for an answer", code="context_length_exceeded")
-        events: asyncio.Queue[Event] = asyncio.Queue()
-        serving.submit([_ask(seq, choice, request) for seq, choice in choices.items()], events.put_nowait)
         mine = _Open(serving, {choice.index: seq for seq, choice in choices.items()})
+        events = Unread(lambda: serving.cancel(list(mine.live.values())))
+        serving.submit([_ask(seq, choice, request) for seq, choice in choices.items()], events.put)
         self._open[request.id] = mine
         try:
             while mine.live:

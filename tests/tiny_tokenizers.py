@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Literal
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -50,4 +51,22 @@ def byte_fallback() -> tokenizers.Tokenizer:
     )
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return backend
+
+
+def metaspace(prepend: Literal["always", "first", "never"]) -> tokenizers.Tokenizer:
+    """As T5 and other Unigram models have it: words begin with U+2581, which may stand within a token, too."""
+    pieces = ["<unk>", "▁", *"abcé你🙂", "▁a", "▁the", "ab▁c", "▁▁"]
+    backend = tokenizers.Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], 0, False))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend)
+    backend.decoder = decoders.Metaspace(prepend_scheme=prepend)
+    backend.add_special_tokens(["<unk>", "</s>"])
+    return backend
+
+
+def word_pieces() -> tokenizers.Tokenizer:
+    """As BERT has it: what goes on with a word begins with ##, and no space stands before a full stop."""
+    vocabulary = {piece: at for at, piece in enumerate(["[UNK]", "a", "##b", ".", "the", "'", "s", "你"])}
+    backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.decoder = decoders.WordPiece(cleanup=True)
     return backend

@@ -10,6 +10,7 @@ from typing import Any, Final, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from cluster.limits import UNREAD_TIMEOUT_S
 from coordinator.api.errors import ClientGone
 
 _T = TypeVar("_T")
@@ -33,19 +34,22 @@ def json_text(text: str) -> bytes:
     return _write_json(text).encode()
 
 
-async def until_gone(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
-    """Do the work unless the client closes the connection: then the work is cancelled and ClientGone raised."""
+async def until_gone(
+    receive: Receive, work: Coroutine[Any, Any, _T], given_up: Coroutine[Any, Any, None] | None = None
+) -> _T:
+    """Do the work unless the client closes the connection or is given up: then the work is cancelled and ClientGone
+    raised."""
     task = asyncio.create_task(work)
-    watch = asyncio.create_task(_gone(receive))
+    watches = [asyncio.create_task(watch) for watch in (_gone(receive), given_up) if watch is not None]
     try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, *watches}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         raise ClientGone
     finally:
-        task.cancel()
-        watch.cancel()
-        await asyncio.gather(task, watch, return_exceptions=True)
+        for one in (task, *watches):
+            one.cancel()
+        await asyncio.gather(task, *watches, return_exceptions=True)
 
 
 async def _gone(receive: Receive) -> None:
@@ -59,15 +63,18 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], patience_s: float = UNREAD_TIMEOUT_S) -> None:
         # Proxies that buffer or re-encode would hold tokens back.
         super().__init__(headers={"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
+        self._patience_s = patience_s
+        self._sent = 0
+        self._is_sending = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await until_gone(receive, self._send(send))
+            await until_gone(receive, self._send(send), self._until_stuck())
         except (ClientGone, OSError):  # some servers notice a closed connection only when they write to it
             pass
         finally:
@@ -76,5 +83,15 @@ class EventStream(Response):
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async for event in self._events:
+            self._is_sending = True
             await send({"type": "http.response.body", "body": event, "more_body": True})
+            self._is_sending = False
+            self._sent += 1
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _until_stuck(self) -> None:
+        """Returns when the client has read nothing for some time: the same event has waited to be sent at two looks."""
+        sent = -1
+        while not (self._is_sending and self._sent == sent):
+            sent = self._sent if self._is_sending else -1
+            await asyncio.sleep(self._patience_s)

@@ -2,8 +2,8 @@
 with the built-in model's tokenizer, in front of stages that are there already. No discovery, no placement, no loading.
 
 A process of its own: `python -m tests.bench.bare_coordinator FIRST_PORT LAST_PORT STAGES IN_FLIGHT` prints its HTTP
-port and serves until it is killed. `/potluck/status` tells how many steps there were, and how long the stages'
-engine threads have been busy with them.
+port and serves until it is killed. `/potluck/status` tells how many steps there were, how long the stages' engine
+threads have been busy with them, and what is waiting and running.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ async def _main(first_port: int, last_port: int, stages: int, in_flight: int) ->
 
 def _status(serving: Serving) -> Mapping[str, object]:
     told = serving.telemetry
-    return {"steps": told.steps, "compute_s": sum(told.stages_busy_s)}
+    return {"steps": told.steps, "compute_s": sum(told.stages_busy_s), "load": serving.load}
 
 
 if __name__ == "__main__":

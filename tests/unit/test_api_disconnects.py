@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 
 import pytest
 from starlette.types import Message
 
 from coordinator.api.app import create_app
+from coordinator.api.streaming import EventStream
 from tests.fake_generator import FakeGenerator
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -59,6 +60,35 @@ def test_a_client_that_leaves_before_the_first_token_cancels(stream: bool) -> No
         return cancelled(generator)
 
     assert asyncio.run(scenario())
+
+
+def test_a_client_that_stays_and_reads_nothing_is_given_up() -> None:
+    """A send that does not return is a full connection. One that takes its time is none."""
+
+    async def scenario() -> tuple[int, bool]:
+        sent, closed = 0, False
+
+        async def events() -> AsyncGenerator[bytes, None]:
+            nonlocal closed
+            try:
+                while True:
+                    yield b"data: x\n\n"
+            finally:
+                closed = True
+
+        async def receive() -> Message:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def send(message: Message) -> None:
+            nonlocal sent
+            sent += 1
+            await (asyncio.sleep(0.01) if sent < 20 else asyncio.Event().wait())
+
+        await asyncio.wait_for(EventStream(events(), patience_s=0.05)({}, receive, send), 10)
+        return sent, closed
+
+    assert asyncio.run(scenario()) == (20, True)
 
 
 def test_a_client_that_leaves_in_the_middle_of_a_stream_cancels() -> None:

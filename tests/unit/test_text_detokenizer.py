@@ -9,9 +9,10 @@ import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from coordinator.builtin import demo_model_path
 from coordinator.text.detokenizer import Detokenizer
-from coordinator.text.tokenizer import Tokenizer
-from tests.tiny_tokenizers import END, THINK, byte_fallback, byte_level
+from coordinator.text.tokenizer import Tokenizer, load_tokenizer
+from tests.tiny_tokenizers import END, THINK, byte_fallback, byte_level, metaspace, word_pieces
 
 LEVEL, FALLBACK = Tokenizer(byte_level()), Tokenizer(byte_fallback())
 
@@ -31,6 +32,25 @@ def added(backend: tokenizers.Tokenizer, token: str) -> int:
 def test_any_byte_level_tokens_add_up_to_the_whole_decoding(ids: list[int]) -> None:
     """Broken characters, special tokens and ids beyond the vocabulary included."""
     assert "".join(pieces(LEVEL, ids)) == LEVEL.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "ids_max"),
+    [
+        (load_tokenizer(demo_model_path(), frozenset()), 1030),
+        (Tokenizer(metaspace("always")), 16),
+        (Tokenizer(metaspace("first")), 16),
+        (Tokenizer(metaspace("never")), 16),
+        (Tokenizer(word_pieces()), 10),
+    ],
+    ids=["built-in", "always a space", "a space first", "never a space", "word pieces"],
+)
+def test_any_tokens_of_other_tokenizers_add_up_too(tokenizer: Tokenizer, ids_max: int) -> None:
+    @given(ids=st.lists(st.integers(0, ids_max), max_size=30))
+    def check(ids: list[int]) -> None:
+        assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids)
+
+    check()
 
 
 @given(text=st.text(max_size=30))
