@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,12 @@ from typing import Final
 from cluster.errors import ModelError
 from coordinator.text.template import ChatTemplate
 from coordinator.text.tokenizer import Tokenizer, load_tokenizer
+
+_TOKEN_ID_MAX: Final = (1 << 31) - 1
+"""What token ids and counts of tokens may be wherever they travel."""
+
+_REPETITION_PENALTY_MAX: Final = 1e6
+"""What a step's sampling carries."""
 
 _SPECIAL: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -28,9 +35,10 @@ class SamplingDefaults:
     def __post_init__(self) -> None:
         sound = (
             0 <= self.temperature <= 100
+            and 0 <= self.top_k <= _TOKEN_ID_MAX
             and 0 <= self.top_p <= 1
             and 0 <= self.min_p <= 1
-            and self.repetition_penalty > 0
+            and 0 < self.repetition_penalty <= _REPETITION_PENALTY_MAX
         )
         if not sound:
             raise ModelError(f"generation_config.json recommends sampling parameters out of range: {self}")
@@ -112,8 +120,8 @@ def _eos_ids(
     sources = [generation, config, nested if isinstance(nested, dict) else {}]
     value: object = next((source["eos_token_id"] for source in sources if source.get("eos_token_id") is not None), [])
     ids = value if isinstance(value, list) else [value]
-    if not all(isinstance(id, int) and id >= 0 for id in ids):
-        raise ModelError(f"eos_token_id should be one or several token ids, found {value!r}")
+    if not all(isinstance(id, int) and not isinstance(id, bool) and 0 <= id <= _TOKEN_ID_MAX for id in ids):
+        raise ModelError(f"eos_token_id should be one or several token ids, found {value!r:.80}")
     own = tokenizer.id_of(eos_token) if eos_token is not None else None
     return frozenset(ids) | ({own} if own is not None else frozenset())
 
@@ -121,14 +129,29 @@ def _eos_ids(
 def _defaults(generation: Mapping[str, object]) -> SamplingDefaults:
     """Recommended sampling parameters. `top_k` may be written as -1 for off; `do_sample: false` recommends the
     likeliest token, which is a temperature of 0."""
-    fields: dict[str, float] = {}
-    for name in SamplingDefaults.__dataclass_fields__:
-        value = generation.get(name)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ModelError(f"generation_config.json: {name} should be a number, found {value!r}")
-        fields[name] = max(0, int(value)) if name == "top_k" else float(value)
-    if generation.get("do_sample") is False:
-        fields["temperature"] = 0.0
-    return SamplingDefaults(**fields)  # type: ignore[arg-type]
+    numbers = {
+        name: _number(name, value)
+        for name in SamplingDefaults.__dataclass_fields__
+        if (value := generation.get(name)) is not None
+    }
+    top_k = numbers.pop("top_k", 0.0)
+    if not top_k.is_integer():
+        raise ModelError(f"generation_config.json: top_k should be a whole number, found {top_k}")
+    do_sample = generation.get("do_sample")
+    if do_sample is not None and not isinstance(do_sample, bool):
+        raise ModelError(f"generation_config.json: do_sample should be true or false, found {do_sample!r:.80}")
+    if do_sample is False:
+        numbers["temperature"] = 0.0
+    return SamplingDefaults(top_k=max(0, int(top_k)), **numbers)  # type: ignore[arg-type]
+
+
+def _number(name: str, value: object) -> float:
+    """Python reads Infinity and NaN as JSON too, and whole numbers of any length."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if math.isfinite(number):
+            return number
+    raise ModelError(f"generation_config.json: {name} should be a number, found {value!r:.80}")

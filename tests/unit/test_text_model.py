@@ -96,9 +96,10 @@ def test_the_tokenizers_own_end_of_sequence_counts_as_well(tmp_path: Path) -> No
     assert load_text_model(path).eos_ids == {7, EOS}
 
 
-def test_a_senseless_end_of_sequence_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ids", ["x", [True], False, -1, [7, 1.0], [1 << 40], [[7]], float("inf"), {"id": 7}], ids=repr)
+def test_a_senseless_end_of_sequence_is_refused(tmp_path: Path, ids: object) -> None:
     with pytest.raises(ModelError, match="eos_token_id"):
-        load_text_model(folder(tmp_path, config_json={"eos_token_id": "x"}))
+        load_text_model(folder(tmp_path, config_json={"eos_token_id": ids}))
 
 
 def test_recommended_sampling_is_read(tmp_path: Path) -> None:
@@ -112,10 +113,33 @@ def test_a_model_that_asks_not_to_be_sampled_is_greedy_by_default(tmp_path: Path
     assert load_text_model(folder(tmp_path, generation_config_json=recommended)).defaults.temperature == 0.0
 
 
-@pytest.mark.parametrize("recommended", [{"temperature": "hot"}, {"top_p": 1.5}, {"top_k": True}, {"temperature": -1}])
-def test_senseless_recommendations_are_refused(tmp_path: Path, recommended: dict[str, object]) -> None:
+def test_whole_numbers_may_be_written_in_either_way_and_minus_one_is_off(tmp_path: Path) -> None:
+    recommended = {"temperature": 1, "top_k": 20.0}
+    expected = SamplingDefaults(temperature=1.0, top_k=20)
+    assert load_text_model(folder(tmp_path, generation_config_json=recommended)).defaults == expected
+    assert load_text_model(folder(tmp_path, generation_config_json={"top_k": -1})).defaults.top_k == 0
+
+
+_NUMBERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        *((name, text) for name in _NUMBERS for text in ("Infinity", "-Infinity", "NaN", "1e999", "1" + "0" * 400)),
+        *((name, text) for name in _NUMBERS for text in ("true", '"hot"', "[1]", "{}")),
+        ("temperature", "-1"),
+        ("top_k", "20.5"),
+        ("top_k", "1e15"),
+        ("top_p", "1.5"),
+        ("repetition_penalty", "1e9"),
+        ("do_sample", '"no"'),
+        ("do_sample", "0"),
+    ],
+)
+def test_senseless_recommendations_are_refused(tmp_path: Path, name: str, written: str) -> None:
     with pytest.raises(ModelError, match="generation_config"):
-        load_text_model(folder(tmp_path, generation_config_json=recommended))
+        load_text_model(folder(tmp_path, generation_config_json=f'{{"{name}": {written}}}'))
 
 
 def test_special_tokens_are_added_to_plain_texts_only_when_asked(tmp_path: Path) -> None:
