@@ -1,33 +1,23 @@
 """Downloads the needed files of a model from the Hugging Face hub into that library's own cache.
 
-Small files are huggingface_hub's work. Weights are streamed by `coordinator.hub_stream`, because the library
-begins a broken-off file from zero, and a shard takes many GiB. They become blobs of its cache, which it then
-links: models that other programs downloaded are found here, and theirs there.
+Small files are huggingface_hub's work, checked in `coordinator.hub_whole`. Weights are streamed by
+`coordinator.hub_stream`, because the library begins a broken-off file from zero, and a shard takes many GiB. They
+become blobs of its cache, which it then links: models that other programs downloaded are found here, and theirs there.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import queue
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-
-# Neither module declares what it re-exports; TransportError is httpx's or httpx2's, whichever the library uses.
-from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]
+from huggingface_hub import HfApi, constants, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
@@ -40,7 +30,11 @@ from cluster.models.manifest import is_small_model_file
 from cluster.models.strict_json import read_object
 from cluster.quantities import format_bytes
 from coordinator.gguf.source import SUFFIX, check_listed, part_names
-from coordinator.hub_stream import BlobStream, HubFile, part_path
+from coordinator.hub_errors import Unreachable, explained
+from coordinator.hub_hashes import HubFile
+from coordinator.hub_patience import patiently
+from coordinator.hub_stream import BlobStream, part_path
+from coordinator.hub_whole import fetch_whole
 
 _log = logging.getLogger(__name__)
 
@@ -73,7 +67,10 @@ def download(
         return cached  # a commit never changes, so there is nothing to ask
     try:
         with explained(repository, branch):
-            commit, files = list_files(repository, branch, gguf)
+            if cached is None:
+                commit, files = patiently(lambda: list_files(repository, branch, gguf), repository, cancelled)
+            else:  # which serves as well as waiting
+                commit, files = list_files(repository, branch, gguf)
     except Unreachable:
         if cached is None:
             raise
@@ -104,7 +101,8 @@ def find_cached(repository: str, revision: str, gguf: str | None = None) -> tupl
         weights = weights_of({path.name for path in folder.iterdir()}, folder)
     except ModelError:
         return None
-    return (folder, folder.name) if all((folder / name).is_file() for name in weights) else None
+    is_whole = bool(weights) and all((folder / name).is_file() for name in weights)
+    return (folder, folder.name) if is_whole else None
 
 
 def list_files(repository: str, revision: str, gguf: str | None = None) -> tuple[str, dict[str, HubFile]]:
@@ -167,38 +165,51 @@ class _Download:
         self._blobs = cache / repo_folder_name(repo_id=repository, repo_type="model") / "blobs"
 
     def run(self, progress: CountProgress | None) -> Path:
+        small = [file for file in self._files.values() if is_small_model_file(file.name) or is_card_file(file.name)]
         if self._gguf is None:
-            small = [name for name in self._files if is_small_model_file(name) or is_card_file(name)]
-            folder = self._snapshot(small)  # the index among them says which weights count
-            weights = [self._files[name] for name in weights_of(set(self._files), folder)]
+            self._fetch_whole(small)  # the index among them says which weights count
+            weights = [self._files[name] for name in weights_of(set(self._files), self._snapshot)]
         else:
             small, weights = [], [self._files[name] for name in part_names(self._gguf)]
             self._blobs.mkdir(parents=True, exist_ok=True)
+        self._warn_of_unchecked([*small, *weights])
         streamed = [file for file in weights if self._is_streamed(file)]
         self._check_room(weights)
-        sizes = {name: self._files[name].size_bytes for name in (*small, *(file.name for file in weights))}
-        advance = counting(sum(sizes.values()), progress)
-        advance(sum(sizes.values()) - sum(file.size_bytes for file in streamed))
+        total_bytes = sum(file.size_bytes for file in (*small, *weights))
+        advance = counting(total_bytes, progress)
+        advance(total_bytes - sum(file.size_bytes for file in streamed))
         side_by_side([partial(self._stream, file, advance) for file in streamed], self._cancelled, self._stop)
-        return self._snapshot(list(sizes))  # links the blobs, and fetches what was not streamed
+        # Blobs are only linked: those streamed now were checked, others are once their tensors are hashed.
+        self._fetch_whole([replace(file, sha256="") if self._is_here(file) else file for file in weights])
+        return self._snapshot
 
-    def _snapshot(self, names: Sequence[str]) -> Path:
-        """Have the library fetch or link these files; the folder that they are in."""
+    @property
+    def _snapshot(self) -> Path:
+        return self._blobs.parent / "snapshots" / self._commit
 
-        def fetch(name: str) -> None:
-            hf_hub_download(self._repository, name, revision=self._commit)
+    def _fetch_whole(self, files: Sequence[HubFile]) -> None:
+        """Have the library fetch or link these files, and check them."""
+        side_by_side([partial(fetch_whole, self._repository, file, self._commit) for file in files], self._cancelled)
 
-        side_by_side([partial(fetch, name) for name in names], self._cancelled)
-        folder = repo_folder_name(repo_id=self._repository, repo_type="model")
-        return Path(constants.HF_HUB_CACHE).expanduser() / folder / "snapshots" / self._commit
+    def _warn_of_unchecked(self, files: Sequence[HubFile]) -> None:
+        names = [file.name for file in files if not file.digest]
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            _log.warning(
+                "%s tells no hashes of %s%s: %s is served as it arrived, and only its sizes are checked",
+                constants.ENDPOINT, ", ".join(names[:3]), more, self._repository,
+            )  # fmt: skip
 
     def _is_streamed(self, file: HubFile) -> bool:
         """Not what is here, not what the hub gives no hash or no size for, and not what it refuses to plain HTTP."""
-        is_here = (self._blobs / file.sha256).exists() if file.sha256 else False
-        return bool(file.sha256) and not is_here and 0 < file.size_bytes <= constants.MAX_HTTP_DOWNLOAD_SIZE
+        is_wanted = bool(file.sha256) and not self._is_here(file)
+        return is_wanted and 0 < file.size_bytes <= constants.MAX_HTTP_DOWNLOAD_SIZE
+
+    def _is_here(self, file: HubFile) -> bool:
+        return bool(file.sha256) and (self._blobs / file.sha256).exists()
 
     def _check_room(self, weights: Sequence[HubFile]) -> None:
-        missing = [file for file in weights if not (file.sha256 and (self._blobs / file.sha256).exists())]
+        missing = [file for file in weights if not self._is_here(file)]
         parts = (part_path(self._blobs, file) for file in missing)
         needed_bytes = sum(file.size_bytes for file in missing)
         needed_bytes -= sum(part.stat().st_size for part in parts if part.exists())
@@ -225,11 +236,11 @@ def _remember_revision(repository: str, revision: str, commit: str) -> None:
 
 
 def side_by_side(
-    jobs: Sequence[Callable[[], None]], cancelled: threading.Event, stop: threading.Event | None = None
+    jobs: Sequence[Callable[[], object]], cancelled: threading.Event, stop: threading.Event | None = None
 ) -> None:
     """Do all jobs, a few at a time; `stop` is set when one fails or `cancelled` is. Nobody waits for a job that a
     silent hub holds: its thread keeps no process alive, and what it has written so far is good."""
-    waiting: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+    waiting: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
     ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
     over = stop or threading.Event()
 
@@ -261,37 +272,3 @@ def side_by_side(
                     raise error
     finally:
         over.set()
-
-
-class Unreachable(ModelError):
-    """The hub does not answer; a cached copy may do."""
-
-
-@contextlib.contextmanager
-def explained(repository: str, revision: str) -> Iterator[None]:
-    """Turn what the hub or the disk says into what a person can do about it."""
-    hub = constants.ENDPOINT
-    login = "log in with `hf auth login` or set HF_TOKEN"
-    try:
-        yield
-    except GatedRepoError as error:
-        raise ModelError(f"{repository} is gated: ask for access at {hub}/{repository}, then {login}") from error
-    except RevisionNotFoundError as error:
-        raise ModelError(f"{repository} has no revision {revision!r} at {hub}") from error
-    except RepositoryNotFoundError as error:
-        raise ModelError(
-            f"{hub} shows no model {repository}, and there is no such folder here. Check the spelling; "
-            f"if the model is private, {login}"
-        ) from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        if status in (401, 403):
-            raise ModelError(f"{hub} refuses {repository} (HTTP status {status}): {login}") from error
-        raise Unreachable(f"{hub} failed on {repository} (HTTP status {status}); try again later") from error
-    except (TransportError, LocalEntryNotFoundError) as error:
-        raise Unreachable(f"cannot reach {hub} to download {repository}: {error}. Check the network") from error
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            advice = "is full: free some space, or set HF_HOME to a folder on a larger disk"
-            raise ModelError(f"the disk of {constants.HF_HUB_CACHE} {advice}. What arrived is kept") from error
-        raise ModelError(f"downloading {repository} to {constants.HF_HUB_CACHE} failed: {error}") from error

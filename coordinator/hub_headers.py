@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from huggingface_hub import constants, get_session, hf_hub_download, hf_hub_url
+from huggingface_hub import constants, get_session, hf_hub_url
 from huggingface_hub.utils import (  # type: ignore[attr-defined]
     build_hf_headers,
     disable_progress_bars,
@@ -25,8 +26,11 @@ from cluster.models.safetensors_header import LENGTH_BYTES, header_bytes
 from coordinator.gguf.architectures import COMPUTED
 from coordinator.gguf.layout import lay_out
 from coordinator.gguf.source import open_gguf, part_names
-from coordinator.hub_download import Unreachable, explained, find_cached, list_files, weights_of
-from coordinator.hub_stream import HubFile
+from coordinator.hub_download import find_cached, list_files, weights_of
+from coordinator.hub_errors import Unreachable, explained
+from coordinator.hub_hashes import HubFile
+from coordinator.hub_patience import patiently
+from coordinator.hub_whole import fetch_whole
 
 _FIRST_BYTES = 256 * 1024
 """Holds the headers of nearly all files, so that one request each is enough."""
@@ -46,12 +50,13 @@ def peek(repository: str, revision: str | None) -> Checkpoint:
         raise _offline(repository, branch)
     with tempfile.TemporaryDirectory(prefix="potluck-peek-") as scratch, explained(repository, branch):
         folder = Path(scratch)
-        commit, files = list_files(repository, branch)
+        commit, files = patiently(lambda: list_files(repository, branch), repository)
         small = [name for name in (CONFIG_FILE, INDEX_FILE) if name in files]
         for name in small:
-            (folder / name).write_bytes(Path(hf_hub_download(repository, name, revision=commit)).read_bytes())
+            (folder / name).write_bytes(fetch_whole(repository, files[name], commit).read_bytes())
         for name in weights_of(set(files), folder):
-            _write_hollow(folder / name, hf_hub_url(repository, name, revision=commit), _told_bytes(files[name]))
+            url = hf_hub_url(repository, name, revision=commit)
+            patiently(partial(_write_hollow, folder / name, url, _told_bytes(files[name])), name)
         return open_checkpoint(folder)
 
 
@@ -66,10 +71,11 @@ def peek_gguf(repository: str, revision: str | None, gguf: str) -> Checkpoint:
         raise _offline(repository, branch)
     with tempfile.TemporaryDirectory(prefix="potluck-peek-") as scratch, explained(repository, branch):
         folder = Path(scratch)
-        commit, files = list_files(repository, branch, gguf)
+        commit, files = patiently(lambda: list_files(repository, branch, gguf), repository)
         for name in part_names(gguf):
             url = hf_hub_url(repository, name, revision=commit)
-            _write_hollow_gguf(folder / name, url, _told_bytes(files[name]))
+            size_bytes = _told_bytes(files[name])
+            patiently(partial(_write_hollow_gguf, folder / name, url, size_bytes), name)
         return lay_out(open_gguf(folder / gguf)).checkpoint()
 
 

@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import os
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -24,34 +23,15 @@ from cluster.errors import ModelError
 from cluster.models.hashing import Advance, remember
 from cluster.models.passing import PassingHashes
 from cluster.quantities import MIB
+from coordinator.hub_hashes import HubFile
+from coordinator.hub_patience import asked_delay_s, is_transient, pause_s
 
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-    from huggingface_hub.hf_api import RepoSibling
-
 _CHUNK_BYTES = 1 * MIB
 _FRUITLESS_TRIES_MAX = 5
-_RETRY_DELAY_MAX_S = 8.0
-_ASKED_DELAY_MAX_S = 300.0  # the hub counts requests over five minutes; whoever asks for more is not believed
 _LOCK_INTERVAL_S = 0.5
-_TRANSIENT = (408, 429, 500, 502, 503, 504)
-
-
-@dataclass(frozen=True, slots=True)
-class HubFile:
-    """A file of a repository. `sha256` is empty and `size_bytes` 0 where the hub does not tell."""
-
-    name: str
-    size_bytes: int
-    sha256: str
-
-    @classmethod
-    def of(cls, sibling: RepoSibling) -> HubFile:
-        """As the hub lists it; some mirrors tell the size only beside the hash, or nowhere."""
-        lfs = sibling.lfs
-        size_bytes = sibling.size or (lfs.size if lfs else 0)
-        return cls(sibling.rfilename, size_bytes or 0, lfs.sha256 if lfs else "")
 
 
 class BlobStream:
@@ -122,15 +102,15 @@ class BlobStream:
     def _stream(self, part: BinaryIO) -> None:
         fruitless = 0
         while self._position < self._file.size_bytes:
-            before, asked_delay_s = self._position, 0.0
+            before, delay_s = self._position, 0.0
             try:
                 self._stream_once(part)
                 trouble = "it ended early"
             except HfHubHTTPError as error:
-                if error.response.status_code not in _TRANSIENT:
+                if not is_transient(error):
                     raise
                 trouble = f"HTTP status {error.response.status_code}"
-                asked_delay_s = _retry_after_s(error.response.headers.get("Retry-After", ""))
+                delay_s = asked_delay_s(error.response.headers)
             except TransportError as error:
                 trouble = str(error) or type(error).__name__
             if self._position < self._file.size_bytes:
@@ -140,7 +120,7 @@ class BlobStream:
                         f"downloading {self._file.name} failed {fruitless} times: {trouble}. What arrived is kept: "
                         "check the network and start again"
                     )
-                self._wait(max(min(0.25 * 2**fruitless, _RETRY_DELAY_MAX_S), asked_delay_s))
+                self._wait(pause_s(fruitless, delay_s))
 
     def _stream_once(self, part: BinaryIO) -> None:
         headers = build_hf_headers() | {"Accept-Encoding": "identity", "Range": f"bytes={self._position}-"}
@@ -183,11 +163,6 @@ class BlobStream:
     def _check_cancelled(self) -> None:
         if self._cancelled.is_set():
             raise ModelError(f"the download of {self._file.name} was broken off; it goes on there the next time")
-
-
-def _retry_after_s(header: str) -> float:
-    """How long the hub asks to be left alone; 0 where it says nothing, or names a date."""
-    return min(float(header), _ASKED_DELAY_MAX_S) if header.isdecimal() else 0.0
 
 
 def part_path(blobs: Path, file: HubFile) -> Path:

@@ -34,6 +34,7 @@ from coordinator.hub import (
     resolve_model,
     work_on,
 )
+from coordinator.hub_hashes import check_names
 
 _T = TypeVar("_T")
 
@@ -92,6 +93,8 @@ async def open_model(wanted: WantedModel, ask: Ask, cache: Path, conversions: Pa
                 progress=work.progress("reading the model"),
             )
         )
+        if resolved.commit is not None:
+            check_names(checkpoint.folder, manifest.files)
     return OpenModel(resolved, checkpoint, facts, manifest)
 
 
@@ -102,7 +105,7 @@ def _peek(wanted: WantedModel, conversions: Path) -> ModelFacts | None:
         return None
     if find_model(wanted.text, conversions=conversions, revision=wanted.revision) is not None:
         return None
-    from coordinator.hub_download import Unreachable
+    from coordinator.hub_errors import Unreachable
 
     try:
         return read_facts(peek_model(wanted.text, revision=wanted.revision), wanted.bits)

@@ -16,17 +16,17 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from cluster.errors import ModelError, UserError
 from cluster.models.card import printable
 from cluster.models.checkpoint import open_checkpoint
-from cluster.models.hashing import CountProgress, counting, hash_file
+from cluster.models.hashing import CountProgress, counting
 from cluster.models.manifest import Manifest, build_manifest
 from cluster.quantities import format_bytes
 from cluster.state_dir import StateDir, default_state_path, holder_pid
 from coordinator.gguf.store import Conversion, ConversionStore
 from coordinator.hub import ResolvedModel, find_model, resolve_model, work_on
+from coordinator.hub_hashes import is_called_rightly, is_digest
 from coordinator.server import conversions_folder, coordinator_state
 from node.weights.inventory import StoredModel, checked_bytes, damaged, forget, stored_models
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@.+)?", re.ASCII)
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _ID_BEGINNING = re.compile(r"[0-9a-f]{6,64}")
 
 
@@ -129,20 +129,23 @@ def verify_command(text: str, state: Path | None, as_json: bool) -> int:
 
 
 def _verify_cached(cached: ResolvedModel, as_json: bool) -> int:
-    """A model in the hub's cache: its large files are called by their hash there, so nothing else is needed."""
+    """A model in the hub's cache: its files are called by their hash there, so nothing else is needed. Files from
+    mirrors that tell no hashes are called by something else, and cannot be checked."""
     blobs = {path.name: path.resolve() for path in sorted(cached.folder.iterdir()) if path.is_file()}
-    hashed_blobs = {name: blob for name, blob in blobs.items() if _SHA256.fullmatch(blob.name)}
-    sizes = {name: blob.stat().st_size for name, blob in hashed_blobs.items()}
+    hashed_blobs = {name: blob for name, blob in blobs.items() if is_digest(blob.name)}
+    unchecked = sorted(blobs.keys() - hashed_blobs.keys())
     with progress(f"reading {cached.name}", as_json) as on_progress:
-        advance = counting(sum(sizes.values()), on_progress)
-        found = {name: hash_file(blob, [(0, sizes[name])], None, advance) for name, blob in hashed_blobs.items()}
-    bad = [name for name, blob in hashed_blobs.items() if found[name][0, sizes[name]] != blob.name]
+        advance = counting(sum(blob.stat().st_size for blob in hashed_blobs.values()), on_progress)
+        bad = [name for name, blob in hashed_blobs.items() if not is_called_rightly(blob, advance)]
     if as_json:
-        answer({"verified": [{"folder": str(cached.folder), "files": len(hashed_blobs), "damaged": bad}]})
+        found = {"folder": str(cached.folder), "files": len(hashed_blobs), "damaged": bad, "unchecked": unchecked}
+        answer({"verified": [found]})
     else:
         say(f"{cached.name} in {cached.folder}: {len(hashed_blobs)} files read, {len(bad)} damaged")
         for name in bad:
             say(f"  damaged: {printable(name)}; remove {blobs[name]} and pull the model again")
+        if unchecked:
+            say(f"  not checked, because the hub told no hash: {', '.join(map(printable, unchecked))}")
     return int(bool(bad))
 
 

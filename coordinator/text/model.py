@@ -142,7 +142,7 @@ def _defaults(generation: Mapping[str, object]) -> SamplingDefaults:
         raise ModelError(f"generation_config.json: do_sample should be true or false, found {do_sample!r:.80}")
     if do_sample is False:
         numbers["temperature"] = 0.0
-    return SamplingDefaults(top_k=max(0, int(top_k)), **numbers)  # type: ignore[arg-type]
+    return SamplingDefaults(top_k=max(0, int(top_k)), **numbers)
 
 
 def _number(name: str, value: object) -> float:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -49,11 +52,14 @@ class Hub:
     is_plain: bool = False  # tells neither sizes nor hashes of files, as simple mirrors do not
     tells_file_sizes: bool = True  # of large files; some mirrors tell them only beside the hash,
     tells_lfs_sizes: bool = True  # or there neither
-    busy_answers: int = 0  # so many requests for large files are answered 429, to be repeated after a second
+    resets: bool = False  # what stalls does not go on but ends with a reset of the connection
+    # How many requests of a kind ("api", "small", "large") are answered `busy_status`, to be repeated after a second.
+    busy_answers: dict[str, int] = field(default_factory=dict)
+    busy_status: int = 429
     refused_at_s: dict[str, float] = field(default_factory=dict)
     impatient: int = 0  # requests that came again sooner
     tokens_seen: bool = False  # by the host that has the large files
-    damage: bool = False  # large files arrive with one other byte
+    damage: dict[str, int] = field(default_factory=dict)  # by file name: so many times it arrives with one other byte
 
 
 @contextmanager
@@ -103,22 +109,37 @@ class _Handler(BaseHTTPRequestHandler):
         if "org/" in path:
             self.hub.requests.append((self.command, path, first))
         if match := _API.fullmatch(path):
-            self._api(match["repo"], match["verb"], match["revision"] or "main")
+            if not self._is_busy("api", path):
+                self._api(match["repo"], match["verb"], match["revision"] or "main")
         elif match := _RESOLVE.fullmatch(path):
-            self._resolve(match["repo"], match["revision"], match["file"])
+            if _is_large(Path(match["file"])) or not self._is_busy("small", path):
+                self._resolve(match["repo"], match["revision"], match["file"])
         elif path.startswith("/large/"):
             self.hub.tokens_seen |= "Authorization" in self.headers
-            now = time.monotonic()
-            self.hub.impatient += now - self.hub.refused_at_s.get(path, 0.0) < 0.95
-            if self.hub.busy_answers > 0:
-                self.hub.busy_answers -= 1
-                self.hub.refused_at_s[path] = now
-                self._send(429, {"Retry-After": "1"})
-                return
-            repository, _, file = path.removeprefix("/large/").rpartition("/")
-            self._send_file(self.hub.repositories[repository].folder / file, first)
+            if not self._is_busy("large", path):
+                repository, _, file = path.removeprefix("/large/").rpartition("/")
+                self._send_file(self.hub.repositories[repository].folder / file, first)
         else:
             self._send(404)
+
+    def _is_busy(self, kind: str, path: str) -> bool:
+        """Whether the request was refused for now."""
+        now = time.monotonic()
+        self.hub.impatient += now - self.hub.refused_at_s.get(path, 0.0) < 0.95
+        left = self.hub.busy_answers.get(kind, 0)
+        if left > 0:
+            self.hub.busy_answers[kind] = left - 1
+            self.hub.refused_at_s[path] = now
+            self._send(self.hub.busy_status, {"Retry-After": "1"})
+        return left > 0
+
+    def _passed(self, path: Path) -> bytes:
+        """A file's bytes as they arrive."""
+        data = bytearray(path.read_bytes())
+        if self.command == "GET" and self.hub.damage.get(path.name, 0) > 0:
+            self.hub.damage[path.name] -= 1
+            data[-1] ^= 1
+        return bytes(data)
 
     def _repository(self, name: str, revision: str) -> Repository | None:
         """The repository, or None after an error was sent."""
@@ -139,7 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         siblings, tree = [], []
         for path in sorted(repository.folder.iterdir()):
-            size, blob = path.stat().st_size, hashlib.sha1(path.read_bytes()).hexdigest()
+            size, blob = path.stat().st_size, git_id(path.read_bytes())
             if self.hub.is_plain:
                 siblings.append({"rfilename": path.name})
                 continue
@@ -170,14 +191,12 @@ class _Handler(BaseHTTPRequestHandler):
             linked = {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(path.stat().st_size)}
             self._send(302, {**commit, **linked, "Location": f"{self.hub.large_url}/large/{name}/{file}"})
         else:
-            data = path.read_bytes()
+            data = self._passed(path)
             self.hub.sent_bytes[file] = self.hub.sent_bytes.get(file, 0) + len(data)
-            self._send(200, {**commit, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'}, data)
+            self._send(200, {**commit, "ETag": f'"{git_id(path.read_bytes())}"'}, data)
 
     def _send_file(self, path: Path, first: int) -> None:
-        data = bytearray(path.read_bytes())
-        if self.hub.damage:
-            data[-1] ^= 1
+        data = self._passed(path)
         asked = _RANGE.match(self.headers.get("Range", ""))
         if asked and asked[2]:
             data = data[: int(asked[2]) + 1]
@@ -191,6 +210,9 @@ class _Handler(BaseHTTPRequestHandler):
                 time.sleep(0.05)
                 while self.hub.stall_after_bytes is not None:
                     time.sleep(0.05)
+                if self.hub.resets:
+                    self._reset()
+                    return
             if self.hub.cut_after_bytes is not None and sent >= self.hub.cut_after_bytes:
                 self.hub.cut_after_bytes = None
                 self.close_connection = True
@@ -204,6 +226,12 @@ class _Handler(BaseHTTPRequestHandler):
             sent += len(piece)
             self.hub.sent_bytes[path.name] = self.hub.sent_bytes.get(path.name, 0) + len(piece)
 
+    def _reset(self) -> None:
+        """End the connection as a machine does that has forgotten it."""
+        self.close_connection = True
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        os.close(self.connection.detach())
+
     def _send(self, status: int, headers: dict[str, str] | None = None, body: bytes = b"") -> None:
         self.send_response(status)
         for name, value in (headers or {}).items():
@@ -212,6 +240,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+
+def git_id(data: bytes) -> str:
+    """What git and the hub call a small file with this content."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 def _is_large(path: Path) -> bool:

@@ -114,11 +114,25 @@ def test_the_status_says_which_commit_is_served(hub: Hub, tmp_path: Path) -> Non
         assert (model["source"], model["revision"]) == ("org/tiny", _COMMIT)
 
 
-def test_a_hub_that_is_busy_for_a_moment_ends_nothing(hub: Hub, tmp_path: Path) -> None:
-    hub.busy_answers = 2
+@pytest.mark.parametrize("kind", ["api", "small", "large"])
+def test_a_hub_that_is_busy_for_a_moment_ends_nothing(kind: str, hub: Hub, tmp_path: Path) -> None:
+    hub.busy_answers[kind] = 2
     with _serving(hub, tmp_path) as coordinator:
         coordinator.process.wait_for("waiting", START_S)
-    assert hub.busy_answers == 0
+    assert hub.busy_answers[kind] == 0
+
+
+def test_a_cached_model_that_is_not_what_was_published_is_refused(hub: Hub, tmp_path: Path) -> None:
+    """Other programs put files into the same cache, and need not look at what they got."""
+    with _serving(hub, tmp_path) as coordinator:
+        coordinator.process.wait_for("waiting", START_S)
+    [weights] = (tmp_path / "home").rglob("snapshots/*/model.safetensors")
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    arguments = ["serve", "org/tiny", "--cluster", new_cluster(), "--state", str(tmp_path / "state"), "--port", "0"]
+    with running("coordinator", [*arguments, "--no-mdns"], env=_environment(hub, tmp_path / "home")) as process:
+        eventually(lambda: process.exit_code is not None, "the coordinator has ended", START_S)
+        assert f"is not the file that was published: remove {weights.resolve()}" in process.output()
 
 
 @pytest.mark.root

@@ -125,8 +125,13 @@ def test_a_pulled_model_is_here_and_tells_its_source_revision_and_licence(tmp_pa
         with (Path(pulled["folder"]) / name).open("r+b") as file:
             file.seek(5000)
             file.write(b"?!")
+        (Path(pulled["folder"]) / "tokenizer.json").resolve().write_text("{}")
+        (Path(pulled["folder"]) / "config.json").unlink()
+        (Path(pulled["folder"]) / "config.json").write_bytes((source.folder / "config.json").read_bytes())
         verified = _models(tmp_path / "state", "verify", "org/tiny", "--json", **here)
-        assert (verified.returncode, _said(verified)["verified"][0]["damaged"]) == (1, [name])
+        [found] = _said(verified)["verified"]
+        assert (verified.returncode, found["damaged"]) == (1, sorted([name, "tokenizer.json"]))
+        assert found["unchecked"] == ["config.json"], "nothing says what it should be"
     assert (told["source"], told["revision"], told["licence"]) == (f"{hub.url}/org/tiny", _COMMIT, "apache-2.0")
     hashes = {entry["name"]: entry["sha256"] for entry in told["files"]}
     assert hashes == {entry.name: entry.sha256 for entry in source.manifest.files}
