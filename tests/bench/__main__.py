@@ -27,6 +27,7 @@ from tests.bench.rows import Row, Section, unmeasured
 from tests.bench.targets import (
     beside_prefill,
     first_token,
+    gpu,
     hops,
     many_users,
     one_core,
@@ -50,6 +51,7 @@ TARGETS: dict[int, Measure] = {
     6: many_users.first_tokens,
     7: hops.rows,
     8: over_links.rows,
+    9: gpu.rows,
     10: one_core.rows,
 }
 EVERY_FORM = (1, 2, 3, 5)

@@ -54,7 +54,7 @@ class Place:
 
 @contextlib.contextmanager
 def cluster_arm(
-    name: str, form: Form, places: Sequence[Place], state: Path, *, backend: str = "torch"
+    name: str, form: Form, places: Sequence[Place], state: Path, *, backend: str = "torch", device: str = "cpu"
 ) -> Iterator[Arm]:
     """A cluster with a node in each place, the coordinator beside the first; ready when it is handed over."""
     cluster, everywhere = new_cluster(), client_cores()
@@ -66,7 +66,7 @@ def cluster_arm(
                     backend,
                     cluster,
                     state / f"{name}-node-{index}",
-                    "--no-mdns",
+                    *("--no-mdns", "--device", device),
                     memory=MEMORY,
                     host=place.host,
                     prefix=(*place.words, *pinned([node_core(index)])),
