@@ -1,6 +1,6 @@
 """Usage: python -m tests.bench [--only 1,3] [--forms dense,experts,dense4,experts4] [--quick] [--peers] [--write FILE]
 
-Prints rows as they are measured, then writes the page. A target that cannot be measured becomes a row that says why.
+Prints rows as they are measured and writes the page. A target that cannot be measured becomes a row that says why.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import argparse
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,10 +19,10 @@ from tests.bench.bench import Bench, bench_of
 from tests.bench.loads import FULL, QUICK, Effort
 from tests.bench.machine import Beside, machine
 from tests.bench.model import FORMS, Form
-from tests.bench.page import quantity, render
 from tests.bench.peers.build import build
 from tests.bench.peers.llama import llama_arms
-from tests.bench.rows import Row, Section, unmeasured
+from tests.bench.rows import Row, unmeasured
+from tests.bench.table import Table
 from tests.bench.targets import (
     beside_prefill,
     first_token,
@@ -65,22 +64,35 @@ def main() -> int:
     if options.peers:
         build()
     effort = QUICK if options.quick else FULL
-    only = {int(number) for number in options.only.split(",")} if options.only else set(range(1, 11))
-    sections = []
-    with Beside() as beside:
-        for index, name in enumerate(options.forms.split(",")):
-            wanted = sorted(only & set(TARGETS) if index == 0 else only & set(EVERY_FORM))
-            if wanted:
-                sections.append(_section(FORMS[name], wanted, effort, options))
-        if 7 in only:
-            sections.append(
-                _alone("The coordinator by itself", 7, lambda: hops.coordinator_rows(effort.coordinator_seconds))
-            )
     used = ", ".join(map(str, cores.client_cores()))
-    text = render(sections, machine(), client_cores=used, beside=beside.told(), quick=options.quick)
-    options.write.write_text(text, encoding="utf-8")
+    with Beside() as beside:
+        table = Table(options.write, machine(), used, beside, options.quick)
+        for index, name in enumerate(options.forms):
+            wanted = sorted(options.only & set(TARGETS if index == 0 else EVERY_FORM))
+            if wanted:
+                _measure(table, FORMS[name], wanted, effort, options)
+        if 7 in options.only:
+            table.begin("The coordinator by itself")
+            table.add(7, lambda: hops.coordinator_rows(effort.coordinator_seconds))
     sys.stdout.write(f"The page is {options.write}\n")
     return 0
+
+
+def _measure(table: Table, form: Form, wanted: Sequence[int], effort: Effort, options: argparse.Namespace) -> None:
+    """One form: its arms come up once, and every wanted target is measured on them."""
+    table.begin(form.title)
+    with ExitStack() as stack:
+        state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="potluck-bench-")))
+        try:
+            others = stack.enter_context(llama_arms(form)) if options.peers else {}
+            bench = stack.enter_context(bench_of(form, effort, state, backend=options.backend, others=others))
+        except (PotluckError, AssertionError, OSError) as error:
+            why = str(error)
+            for number in wanted:
+                table.add(number, lambda number=number: [unmeasured(number, "the arms did not come up", why)])  # type: ignore[misc]
+            return
+        for number in wanted:
+            table.add(number, lambda number=number: TARGETS[number](bench))  # type: ignore[misc]
 
 
 def _options() -> argparse.Namespace:
@@ -92,51 +104,15 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--backend", default="torch", choices=("torch", "mlx"), help="the nodes' engine (torch)")
     parser.add_argument("--write", type=Path, default=PAGE, metavar="FILE", help="the page (docs/benchmarks.md)")
     options = parser.parse_args()
-    unknown = [name for name in options.forms.split(",") if name not in FORMS]
+    options.forms = options.forms.split(",")
+    unknown = [name for name in options.forms if name not in FORMS]
     if unknown:
         raise UsageError(f"expected --forms of {', '.join(FORMS)}, found {unknown[0]!r}")
+    numbers = options.only.split(",") if options.only else map(str, TARGETS)
+    if not all(number.isdecimal() and int(number) in TARGETS for number in numbers):
+        raise UsageError(f"expected --only with numbers from 1 to 10, such as 1,3, found {options.only!r}")
+    options.only = {int(number) for number in options.only.split(",")} if options.only else set(TARGETS)
     return options
-
-
-def _section(form: Form, wanted: Sequence[int], effort: Effort, options: argparse.Namespace) -> Section:
-    """One form: its arms come up once, and every wanted target is measured on them."""
-    began_s = time.monotonic()
-    rows: list[Row] = []
-    sys.stdout.write(f"\n{form.title}\n")
-    with ExitStack() as stack:
-        state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="potluck-bench-")))
-        try:
-            others = stack.enter_context(llama_arms(form)) if options.peers else {}
-            bench = stack.enter_context(bench_of(form, effort, state, backend=options.backend, others=others))
-        except (PotluckError, AssertionError, OSError) as error:
-            rows += _said([unmeasured(number, "the arms did not come up", str(error)) for number in wanted])
-            return Section(form.title, rows, time.monotonic() - began_s)
-        for number in wanted:
-            rows += _said(_measured(number, lambda number=number: TARGETS[number](bench)))  # type: ignore[misc]
-    return Section(form.title, rows, time.monotonic() - began_s)
-
-
-def _alone(title: str, number: int, measure: Callable[[], list[Row]]) -> Section:
-    began_s = time.monotonic()
-    sys.stdout.write(f"\n{title}\n")
-    return Section(title, _said(_measured(number, measure)), time.monotonic() - began_s)
-
-
-def _measured(number: int, measure: Callable[[], list[Row]]) -> list[Row]:
-    try:
-        return measure()
-    # One target that breaks, for whatever reason, must not take the others' half an hour with it; the page says so.
-    except Exception as error:  # noqa: BLE001 - the reason is above
-        return [unmeasured(number, f"target {number}", f"{type(error).__name__}: {error}")]
-
-
-def _said(rows: list[Row]) -> list[Row]:
-    for row in rows:
-        value = "-" if row.value is None else quantity(row.value, row.unit)
-        ceiling = "" if row.ceiling is None else f" (ceiling {quantity(row.ceiling, row.unit)})"
-        sys.stdout.write(f"  {row.target:>2} {row.name}: {value}{ceiling} {row.verdict} {row.note}".rstrip() + "\n")
-        sys.stdout.flush()
-    return rows
 
 
 if __name__ == "__main__":

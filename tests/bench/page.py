@@ -47,7 +47,7 @@ def render(
         parts.append(f"## {section.title}\n")
         parts.append("| # | what | measured | ceiling | target | verdict |\n|--:|---|--:|--:|--:|---|")
         parts += [_line(row) for row in section.rows]
-        parts.append(f"\nMeasured in {section.seconds:.0f} s.\n")
+        parts.append(f"\nMeasured in {section.ended_s - section.began_s:.0f} s.\n")
     parts.append(_METHOD.format(client_cores=client_cores))
     return "\n".join(parts)
 

@@ -63,7 +63,8 @@ class Section:
 
     title: str
     rows: Sequence[Row]
-    seconds: float
+    began_s: float
+    ended_s: float = 0.0
 
 
 def unmeasured(target: int, name: str, why: str) -> Row:

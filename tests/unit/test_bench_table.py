@@ -83,13 +83,18 @@ def test_the_page_shows_every_row_and_counts_what_holds() -> None:
         unmeasured(9, "card", "no GPU here"),
     ]
     page = render(
-        [Section("Dense", rows, 12.3)], {"processor": "abacus"}, client_cores="0, 1", beside="nothing", quick=False
+        [Section("Dense", rows, 10.0, 22.3)],
+        {"processor": "abacus"},
+        client_cores="0, 1",
+        beside="nothing",
+        quick=False,
     )
     assert "1 of 2 measured targets hold; 1 rows could not be measured here." in page
     assert "| 1 | good | 1.00 | 0.90 | at most 1.05 | holds |" in page
     assert "| 2 | bad | 0.50 | 1.00 | at least 0.90 | **misses**: 80% more needed (a \\| b) |" in page
     assert "| 2 | plain | 112 tok/s |  |  |  |" in page
     assert "| 9 | card |  |  |  | not measured (no GPU here) |" in page
+    assert "Measured in 12 s." in page
     assert "| processor | abacus |" in page and "quick run" not in page
 
 
