@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Sequence
 
@@ -14,6 +15,9 @@ _RESTART_S = 1.0
 _RESTART_MAX_S = 30.0
 _STEADY_S = 60.0
 """A child that lived this long is restarted at once; one that keeps dying, ever more slowly."""
+
+_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+"""Nodes never ask a hub, so a child is not given what the user's shell may hold for the coordinator."""
 
 _STOP_S = 10.0
 """A child gets this long to withdraw its advertisement and free its device before it is killed."""
@@ -26,7 +30,8 @@ async def supervise(command: Sequence[str], name: str, stop: asyncio.Event, stdo
     while True:
         began = time.monotonic()
         # In a session of its own: Ctrl-C reaches us alone, and we stop it once, politely.
-        child = await asyncio.create_subprocess_exec(*command, start_new_session=True, stdout=stdout)
+        env = {name: value for name, value in os.environ.items() if name not in _SECRETS}
+        child = await asyncio.create_subprocess_exec(*command, start_new_session=True, stdout=stdout, env=env)
         code = await _until_over(child, stop)
         if stop.is_set():
             return code

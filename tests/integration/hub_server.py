@@ -58,7 +58,7 @@ class Hub:
     busy_status: int = 429
     refused_at_s: dict[str, float] = field(default_factory=dict)
     impatient: int = 0  # requests that came again sooner
-    tokens_seen: bool = False  # by the host that has the large files
+    tokens_seen: set[str] = field(default_factory=set)  # who got one: "api", "small" or, another host, "large"
     damage: dict[str, int] = field(default_factory=dict)  # by file name: so many times it arrives with one other byte
 
 
@@ -115,7 +115,6 @@ class _Handler(BaseHTTPRequestHandler):
             if _is_large(Path(match["file"])) or not self._is_busy("small", path):
                 self._resolve(match["repo"], match["revision"], match["file"])
         elif path.startswith("/large/"):
-            self.hub.tokens_seen |= "Authorization" in self.headers
             if not self._is_busy("large", path):
                 repository, _, file = path.removeprefix("/large/").rpartition("/")
                 self._send_file(self.hub.repositories[repository].folder / file, first)
@@ -124,6 +123,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _is_busy(self, kind: str, path: str) -> bool:
         """Whether the request was refused for now."""
+        if "Authorization" in self.headers:
+            self.hub.tokens_seen.add(kind)
         now = time.monotonic()
         self.hub.impatient += now - self.hub.refused_at_s.get(path, 0.0) < 0.95
         left = self.hub.busy_answers.get(kind, 0)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,16 @@ import pytest
 from cluster.cli.child import running
 from coordinator.builtin import demo_model_path
 from tests.integration.hub_server import Hub, Repository, hub_server
-from tests.integration.live import START_S, Coordinator, eventually, happenings, joined, new_cluster, serving
+from tests.integration.live import (
+    START_S,
+    Coordinator,
+    eventually,
+    happenings,
+    joined,
+    new_cluster,
+    processes_of,
+    serving,
+)
 from tests.integration.mounts import hiding, require_mounts
 
 _COMMIT = "3" * 40
@@ -137,26 +148,57 @@ def test_a_cached_model_that_is_not_what_was_published_is_refused(hub: Hub, tmp_
 
 @pytest.mark.root
 def test_a_node_with_an_empty_disk_answers_and_the_hub_is_read_once(hub: Hub, tmp_path: Path) -> None:
-    """The node sees neither the hub nor the coordinator's cache; the token stays with the coordinator."""
+    """The node sees neither the hub nor the coordinator's cache."""
     require_mounts()
     home, published = tmp_path / "home", tmp_path / "published"
     blind = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "other")}
-    env = {**_environment(hub, home), "HF_TOKEN": "hf_secret"}
+    env = _environment(hub, home)
     home.mkdir()
     options = ["--no-local-node", "--no-mdns"]
     with serving("org/tiny", new_cluster(), tmp_path / "state", *options, context=64, users=1, env=env) as coordinator:
         join = ["--no-mdns", "--coordinator", f"127.0.0.1:{coordinator.port}"]
         disk = hiding(home, published)
-        with joined("far", "torch", coordinator.cluster, tmp_path / "far", *join, prefix=disk, env=blind) as node:
+        with joined("far", "torch", coordinator.cluster, tmp_path / "far", *join, prefix=disk, env=blind):
             coordinator.wait_ready()
             answer = coordinator.post("/v1/completions", {"prompt": "Hello", "max_tokens": 4}).json()
             assert answer["usage"]["completion_tokens"] > 0
-            assert b"hf_secret" not in Path(f"/proc/{node.pid}/environ").read_bytes()
         loaded = [said["report"] for said in happenings(coordinator.process, "loading")]
         size = (published / "model.safetensors").stat().st_size
         assert max(report["received_bytes"] for report in loaded) > 0.9 * size
     assert hub.sent_bytes["model.safetensors"] - size < 1024 * 1024, "once, and its header"
-    assert not hub.tokens_seen
+
+
+@pytest.mark.root
+@pytest.mark.skipif(sys.platform != "linux", reason="reads processes' memory in /proc")
+def test_the_hubs_token_reaches_no_node_and_no_other_host(hub: Hub, tmp_path: Path) -> None:
+    """It is nowhere in the memory of a node: not from its environment, nor by any call or frame."""
+    token = f"hf_{secrets.token_hex(12)}"
+    env = _environment(hub, tmp_path / "home") | {"HF_TOKEN": token}
+    options = ["--no-mdns", "--min-nodes", "2"]
+    with serving("org/tiny", new_cluster(), tmp_path / "state", *options, context=64, users=1, env=env) as coordinator:
+        join = ["--no-mdns", "--coordinator", f"127.0.0.1:{coordinator.port}"]
+        with joined("far", "torch", coordinator.cluster, tmp_path / "far", *join) as far:
+            coordinator.wait_ready()
+            assert coordinator.post("/v1/completions", {"prompt": "Hello", "max_tokens": 4}).status_code == 200
+            found = {process.pid for process in processes_of(coordinator.cluster) if _has_in_memory(process.pid, token)}
+            nodes = {process.pid for process in processes_of(coordinator.cluster)} - {coordinator.process.pid}
+    assert far.pid in nodes and len(nodes) >= 2, "the node beside the coordinator is a process of its own"
+    assert found == {coordinator.process.pid}
+    assert hub.tokens_seen == {"api", "small"}
+
+
+def _has_in_memory(pid: int, text: str) -> bool:
+    """Whether a process holds `text` anywhere that it can write to; its environment lies there too."""
+    with Path(f"/proc/{pid}/maps").open() as maps, Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
+        for line in maps:
+            addresses, rights, *_ = line.split()
+            begin, end = (int(address, 16) for address in addresses.split("-"))
+            if rights.startswith("rw"):
+                with suppress(OSError):  # what a device has mapped cannot be read
+                    memory.seek(begin)
+                    if text.encode() in memory.read(end - begin):
+                        return True
+    return False
 
 
 def test_a_model_that_the_hub_does_not_have_ends_the_command(hub: Hub, tmp_path: Path) -> None:
