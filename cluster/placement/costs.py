@@ -23,7 +23,9 @@ Matrix = npt.NDArray[np.int64]
 """[cut where a range begins, cut where it ends]; NEVER where that is no range."""
 
 NEVER: Final = 1 << 62
-_LARGEST: Final = 1 << 48  # of one layer; keeps sums far below NEVER however large a lying configuration is
+_LARGEST: Final = (
+    1 << 48
+)  # of one layer, or of what an end has; keeps sums far below NEVER however large a lying configuration is
 
 KV_AHEAD: Final = 8
 """They let a sequence's cache grow ahead of its tokens, by one part in so many."""
@@ -50,8 +52,8 @@ def stage_cost(facts: ModelFacts, layers: LayerRange, backend: Backend, *, conte
     weight_bytes = sum(min(layer.resident_bytes[backend], _LARGEST) for layer in owned)
     weight_bytes += _ends_bytes(facts, is_first, is_last)
     streamed_bytes = sum(min(layer.streamed_bytes, _LARGEST) for layer in owned)
-    streamed_bytes += facts.norm_bytes + facts.head_bytes if is_last else 0
-    streamed_bytes += facts.inputs_streamed_bytes if is_first else 0
+    streamed_bytes += _last_streamed_bytes(facts) if is_last else 0
+    streamed_bytes += _first_streamed_bytes(facts) if is_first else 0
     kv_bytes = sum(min(_kept_bytes(layer, context, users), _LARGEST) for layer in owned)
     workspace_bytes = min(activation_bytes(facts, backend, is_last, context=context, users=users), _LARGEST)
     workspace_bytes += kv_bytes // KV_AHEAD
@@ -99,7 +101,17 @@ def _ends_bytes(facts: ModelFacts, is_first: bool, is_last: bool) -> int:
     total = facts.embedding_bytes + facts.inputs_bytes if is_first else 0
     if is_last:
         total += facts.norm_bytes + (0 if facts.tied and is_first else facts.head_bytes)
-    return total
+    return min(total, _LARGEST)
+
+
+def _last_streamed_bytes(facts: ModelFacts) -> int:
+    """What the last stage reads for each token beside its layers."""
+    return min(facts.norm_bytes + facts.head_bytes, _LARGEST)
+
+
+def _first_streamed_bytes(facts: ModelFacts) -> int:
+    """What the first stage reads for each token beside its layers."""
+    return min(facts.inputs_streamed_bytes, _LARGEST)
 
 
 class CostTable:
@@ -148,8 +160,8 @@ class CostTable:
     def streamed(self) -> Matrix:
         """Bytes of weights read for each token, of every range."""
         total = self._spans([layer.streamed_bytes for layer in self.facts.layers])
-        total[:, -1] += self.facts.norm_bytes + self.facts.head_bytes
-        total[0, :] += self.facts.inputs_streamed_bytes
+        total[:, -1] += _last_streamed_bytes(self.facts)
+        total[0, :] += _first_streamed_bytes(self.facts)
         return self._ranges_only(total)
 
     def _spans(self, of_layers: list[int]) -> Matrix:

@@ -14,6 +14,7 @@ from cluster.errors import ModelError
 from cluster.limits import SAFETENSORS_HEADER_BYTES_MAX
 from cluster.models.safetensors_header import TensorEntry, parse_header, read_header
 from cluster.types import DType
+from tests.allocations import allocating_at_most
 from tests.safetensors_files import file_of, header_of, write_safetensors
 
 SEEDED = settings(max_examples=250)
@@ -147,12 +148,28 @@ def test_every_truncation_is_refused(length: int) -> None:
     refusal(GOOD[:length])
 
 
+@SEEDED
+@given(claimed=st.integers(0, (1 << 64) - 1) | st.integers(0, 2 * len(GOOD)))
+def test_a_claimed_length_is_never_allocated(claimed: int) -> None:
+    check_survives(claimed.to_bytes(8, "little") + GOOD[8:])
+
+
+@pytest.mark.parametrize("claimed", [SAFETENSORS_HEADER_BYTES_MAX + 1, 1 << 40, 1 << 63, (1 << 64) - 1])
+def test_a_claimed_length_above_the_limit_is_not_read(claimed: int, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    with path.open("wb") as file:
+        file.write(claimed.to_bytes(8, "little"))
+        file.truncate(min(2 * claimed, 1 << 42))  # sparse: mostly long enough to hold what is claimed
+    with allocating_at_most(1 << 20), pytest.raises(ModelError):
+        read_header(path)
+
+
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from([*DType]),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
     max_leaves=8,
 )
-OFFSETS = st.lists(st.integers(-2, 40), min_size=1, max_size=3)
+OFFSETS = st.lists(st.integers(-2, 40) | st.sampled_from([1 << 31, 1 << 40, 1 << 62]), min_size=1, max_size=3)
 ALMOST_TENSORS = st.fixed_dictionaries(
     {"dtype": st.sampled_from([*DType]) | JSON_VALUES, "shape": OFFSETS | JSON_VALUES, "data_offsets": OFFSETS}
 )
@@ -168,12 +185,13 @@ def test_any_json_gives_entries_inside_the_file_or_model_error(header: dict[str,
 
 
 def check_survives(data: bytes) -> None:
-    """Entries that tile the file after its header, or ModelError."""
-    try:
-        entries = parse(data)
-    except ModelError as error:
-        str(error).encode()  # fit to be shown: no stray surrogates
-        return
+    """Entries that tile the file after its header, or ModelError; and no more memory than so many bytes may take."""
+    with allocating_at_most((128 << 10) + 64 * len(data)):
+        try:
+            entries = parse(data)
+        except ModelError as error:
+            str(error).encode()  # fit to be shown: no stray surrogates
+            return
     covered = 8 + int.from_bytes(data[:8], "little")
     for entry in sorted(entries.values(), key=lambda entry: (entry.begin, entry.end)):
         assert entry.begin == covered
