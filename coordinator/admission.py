@@ -44,6 +44,7 @@ class Admission:
         self._promises = Promises()
         self._reserved = 0
         self.running: dict[SequenceId, SequenceState] = {}
+        self.restarts = 0  # how often a sequence was thrown out
 
     @property
     def waiting(self) -> int:
@@ -162,6 +163,7 @@ class Admission:
     def _throw_out(self, state: SequenceState) -> None:
         self._release(state)
         state.thrown_out += 1
+        self.restarts += 1
         self._queue.push_front(state)
 
     def leave(self, state: SequenceState, *, well: bool) -> bool:

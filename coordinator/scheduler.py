@@ -249,3 +249,8 @@ class Scheduler:
     @property
     def reserved_tokens(self) -> int:
         return self._admission.reserved_tokens
+
+    @property
+    def restarts(self) -> int:
+        """How often a sequence had to give its room back and begin again."""
+        return self._admission.restarts

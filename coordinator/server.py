@@ -25,6 +25,7 @@ from cluster.types import CoordinatorId, NodeId
 from cluster.wire.node_pb2_grpc import add_CoordinatorServicer_to_server, add_WeightsServicer_to_server
 from coordinator.api.app import create_app
 from coordinator.controller import Controller, Wish
+from coordinator.deadlines import Deadlines
 from coordinator.generation import ServedModel
 from coordinator.happenings import Happening, Listening, Tell, Working
 from coordinator.holders import Holders
@@ -52,6 +53,7 @@ class ServeOptions:
     cluster_port: int
     min_nodes: int
     ask: Ask
+    deadlines: Deadlines  # of interactive requests
     exclude: tuple[str, ...]
     peers: tuple[str, ...]
     mdns: bool
@@ -65,7 +67,7 @@ class Coordinator:
         self._options = options
         self._tell = tell
         self._credentials = Credentials()
-        self._service = InferenceService(self._status)
+        self._service = InferenceService(self._status, options.deadlines)
         self._weights = WeightServer()
         self._id = CoordinatorId(secrets.token_hex(16))
         self._roster = Roster(

@@ -35,10 +35,12 @@ _PROBE_TIMEOUT_S = 30.0
 _PROBE_FRESH_S = 5.0
 """A token that came out this recently proves as much as a new one."""
 
-_DEADLINES = {
-    Lane.INTERACTIVE: SERVER_DEADLINES,
-    Lane.BATCH: Deadlines(queue_s=BATCH_TIMEOUT_S, total_s=BATCH_TIMEOUT_S),
-}
+_BATCH_DEADLINES = Deadlines(
+    queue_s=BATCH_TIMEOUT_S,
+    first_token_s=BATCH_TIMEOUT_S,
+    between_tokens_s=BATCH_TIMEOUT_S,  # it gives its room to others, and waits until they have done
+    total_s=BATCH_TIMEOUT_S,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +55,14 @@ class _Open:
 class InferenceService:
     """Outlives plans: between two of them it says what the coordinator is waiting for."""
 
-    def __init__(self, status: Callable[[], Mapping[str, object]], now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        status: Callable[[], Mapping[str, object]],
+        deadlines: Deadlines = SERVER_DEADLINES,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._status = status
+        self._deadlines = {Lane.INTERACTIVE: deadlines, Lane.BATCH: _BATCH_DEADLINES}
         self._now = now
         self._model: ServedModel | None = None
         self._serving: Serving | None = None
@@ -120,7 +128,8 @@ class InferenceService:
             raise RequestError("the prompt leaves no room for an answer", code="context_length_exceeded")
         mine = _Open(serving, {choice.index: seq for seq, choice in choices.items()})
         events = Unread(lambda: serving.cancel(list(mine.live.values())))
-        serving.submit([_ask(seq, choice, request) for seq, choice in choices.items()], events.put)
+        deadlines = _wished(self._deadlines[request.lane], request.timeout_s)
+        serving.submit([_ask(seq, choice, request, deadlines) for seq, choice in choices.items()], events.put)
         self._open[request.id] = mine
         try:
             while mine.live:
@@ -153,7 +162,7 @@ class InferenceService:
         return self._serving
 
 
-def _ask(seq: SequenceId, choice: Choice, request: GenerationRequest) -> SequenceAsk:
+def _ask(seq: SequenceId, choice: Choice, request: GenerationRequest, deadlines: Deadlines) -> SequenceAsk:
     return SequenceAsk(
         seq,
         choice.prompt,
@@ -165,15 +174,15 @@ def _ask(seq: SequenceId, choice: Choice, request: GenerationRequest) -> Sequenc
         open_ended=request.max_tokens is None,
         lane=request.lane,
         client=request.client,
-        deadlines=_deadlines(request),
+        deadlines=deadlines,
     )
 
 
-def _deadlines(request: GenerationRequest) -> Deadlines:
-    ours = _DEADLINES[request.lane]
-    if request.timeout_s is None or request.timeout_s >= ours.total_s:
+def _wished(ours: Deadlines, timeout_s: float | None) -> Deadlines:
+    """A request may shorten its time, not lengthen it."""
+    if timeout_s is None or timeout_s >= ours.total_s:
         return ours
-    return replace(ours, total_s=request.timeout_s, asked=True)
+    return replace(ours, total_s=timeout_s, asked=True)
 
 
 def _too_late(event: SequenceExpired) -> DeadlineExceeded:

@@ -81,6 +81,11 @@ class Serving:
         """Sequences waiting, sequences running, cache positions reserved."""
         return self._scheduler.waiting, self._scheduler.running, self._scheduler.reserved_tokens
 
+    @property
+    def restarts(self) -> int:
+        """How often a sequence had to give its room back and begin again."""
+        return self._scheduler.restarts
+
     async def _watch_deadlines(self) -> None:
         while True:
             await asyncio.sleep(_DEADLINE_TICK_S)

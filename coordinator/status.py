@@ -121,6 +121,7 @@ def _load(serving: Serving) -> dict[str, object]:
     return {
         "waiting": waiting,
         "running": running,
+        "restarts": serving.restarts,
         "kv_tokens_reserved": reserved,
         "kv_tokens": serving.room.kv_tokens,
         "tokens_drawn": serving.telemetry.tokens_drawn,

@@ -11,6 +11,7 @@ from cluster.cli import options as opt
 from cluster.cli.bench_options import bench
 from cluster.cli.models import app as models_app
 from cluster.cli.verify_options import verify
+from cluster.limits import QUEUE_TIMEOUT_S, REQUEST_TIMEOUT_S
 
 app = typer.Typer(
     name="potluck",
@@ -55,6 +56,8 @@ def serve(
     context: opt.Context = "auto",
     users: opt.Users = 4,
     bits: opt.Bits = None,
+    queue_timeout: opt.QueueTimeout = QUEUE_TIMEOUT_S,
+    request_timeout: opt.RequestTimeout = REQUEST_TIMEOUT_S,
     exclude: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Do not use the node of this name.")] = None,
     peer: opt.Peers = None,
     no_mdns: opt.NoMdns = False,
@@ -96,6 +99,8 @@ def serve(
             context=context,
             users=users,
             bits=bits,
+            queue_timeout_s=queue_timeout,
+            request_timeout_s=request_timeout,
             exclude=tuple(exclude or ()),
             peers=tuple(peer or ()),
             mdns=not no_mdns,

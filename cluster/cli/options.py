@@ -29,6 +29,24 @@ Users = Annotated[int, typer.Option("--users", min=1, max=256, help="Answers of 
 Context = Annotated[
     str, typer.Option("--context", metavar="TOKENS", help="Longest prompt plus answer in tokens, or auto.")
 ]
+QueueTimeout = Annotated[
+    float,
+    typer.Option(
+        "--queue-timeout",
+        metavar="SECONDS",
+        min=0.1,
+        help="A request that waits longer for room is answered 504; one with priority: batch waits for a day.",
+    ),
+]
+RequestTimeout = Annotated[
+    float,
+    typer.Option(
+        "--request-timeout",
+        metavar="SECONDS",
+        min=0.1,
+        help="Longest time for a whole request; clients shorten it with `timeout`. For batch: a day.",
+    ),
+]
 Bits = Annotated[
     int | None,
     typer.Option(

@@ -16,6 +16,7 @@ from cluster.interfaces import host_port
 from cluster.models.quantising import check_bits
 from cluster.placement import Ask
 from cluster.state_dir import StateDir, default_state_path
+from coordinator.deadlines import Deadlines
 from coordinator.happenings import Happening, Listening, Starting, Tell
 from coordinator.http import listen
 from coordinator.hub import parse_model
@@ -41,6 +42,8 @@ class ServeCommand:
     context: str
     users: int
     bits: int | None
+    queue_timeout_s: float
+    request_timeout_s: float
     exclude: tuple[str, ...]
     peers: tuple[str, ...]
     mdns: bool
@@ -72,6 +75,7 @@ def serve_command(command: ServeCommand) -> int:
             cluster_port=command.cluster_port,
             min_nodes=command.min_nodes,
             ask=ask,
+            deadlines=Deadlines(queue_s=command.queue_timeout_s, total_s=command.request_timeout_s),
             exclude=command.exclude,
             peers=command.peers,
             mdns=command.mdns,
