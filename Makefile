@@ -39,11 +39,11 @@ proto: setup ## generate cluster/wire/ from proto/
 	@$(BIN)/python deploy/proto_drift.py --write
 
 bench: export OMP_NUM_THREADS = 1
-bench: setup ## measure the targets on this machine and write docs/benchmarks.md (half an hour; BENCH=--quick: minutes)
+bench: setup ## measure the targets on this machine and write docs/benchmarks.md (tens of minutes; BENCH=--quick: fewer)
 	@$(BIN)/python -m tests.bench $(BENCH)
 
 bench-peers: export OMP_NUM_THREADS = 1
-bench-peers: setup ## the same with llama.cpp beside it, which is built first (10 minutes, once)
+bench-peers: setup ## the same with llama.cpp beside it, which is built first, once
 	@$(BIN)/python -m tests.bench --peers $(BENCH)
 
 rehearsal: export OMP_NUM_THREADS = 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -37,7 +38,7 @@ from tests.bench.targets import (
 
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 
-_DEFAULT_FORMS = "dense,experts,dense4,experts4"
+_DEFAULT_FORMS = "dense,experts,dense4,experts4,hybrid"
 
 Measure = Callable[[Bench], list[Row]]
 
@@ -53,14 +54,17 @@ TARGETS: dict[int, Measure] = {
     9: gpu.rows,
     10: one_core.rows,
 }
-EVERY_FORM = (1, 2, 3, 5)
+EVERY_FORM = {1, 2, 3, 5}
 """What is measured on every form; the rest on the first one only."""
+ONLY = {FORMS["hybrid"]: {5}}
+"""Forms for the sake of one target."""
 
 
 def main() -> int:
     options = _options()
     cores.check()
     os.sched_setaffinity(0, cores.client_cores())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what was started ends with it
     if options.peers:
         build()
     effort = QUICK if options.quick else FULL
@@ -68,8 +72,8 @@ def main() -> int:
     with Beside() as beside:
         table = Table(options.write, machine(), used, beside, options.quick)
         for index, name in enumerate(options.forms):
-            wanted = sorted(options.only & set(TARGETS if index == 0 else EVERY_FORM))
-            if wanted:
+            measured = set(TARGETS) if index == 0 else ONLY.get(FORMS[name], EVERY_FORM)
+            if wanted := sorted(options.only & measured):
                 _measure(table, FORMS[name], wanted, effort, options)
         if 7 in options.only:
             table.begin("The coordinator by itself")
@@ -99,7 +103,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description="Measure the project's targets.")
     parser.add_argument("--only", metavar="N,...", default="", help="these targets (all)")
     parser.add_argument("--forms", metavar="NAME,...", default=_DEFAULT_FORMS, help=f"of {', '.join(FORMS)}")
-    parser.add_argument("--quick", action="store_true", help="minutes in place of half an hour; numbers to look at")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and shorter loads: does it work?")
     parser.add_argument("--peers", action="store_true", help="llama.cpp in the same run; built when it is not there")
     parser.add_argument("--backend", default="torch", choices=("torch", "mlx"), help="the nodes' engine (torch)")
     parser.add_argument("--write", type=Path, default=PAGE, metavar="FILE", help="the page (docs/benchmarks.md)")

@@ -36,6 +36,17 @@ class Shape:
 
 DENSE = Shape("llama-0.36b", "llama")
 EXPERTS = Shape("experts-0.36b", "qwen3_moe", (("moe_intermediate_size", 384),))
+_STATES = (
+    ("linear_num_key_heads", 8),
+    ("linear_num_value_heads", 16),
+    ("linear_key_head_dim", 64),
+    ("linear_value_head_dim", 64),
+    ("moe_intermediate_size", 384),
+    ("shared_expert_intermediate_size", 384),
+)
+HYBRID = Shape("hybrid-0.2b", "qwen3_next", _STATES, layers=12)
+"""Two layers of three keep a state of fixed size, so a sequence is cut back to snapshots of it."""
+
 _TRIAL_SIZES = (
     ("hidden_size", 128),
     ("intermediate_size", 256),
@@ -44,6 +55,9 @@ _TRIAL_SIZES = (
 )
 TRIAL = Shape("trial", "llama", _TRIAL_SIZES, layers=4)
 """For trying the table itself: its numbers mean nothing."""
+
+
+_KINDS = {DENSE: "Dense", EXPERTS: "Mixture of experts", HYBRID: "Hybrid", TRIAL: "Trial"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +74,7 @@ class Form:
 
     @property
     def title(self) -> str:
-        kind = {EXPERTS: "Mixture of experts", DENSE: "Dense"}.get(self.shape, "Trial")
+        kind = _KINDS[self.shape]
         return f"{kind}, {'bf16' if self.bits is None else f'{self.bits} bits'}"
 
 
@@ -69,6 +83,7 @@ FORMS = {
     "experts": Form(EXPERTS),
     "dense4": Form(DENSE, 4),
     "experts4": Form(EXPERTS, 4),
+    "hybrid": Form(HYBRID),
     "trial": Form(TRIAL),
 }
 

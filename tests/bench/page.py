@@ -16,7 +16,7 @@ _METHOD = """## Method
 
 - **The model** is a 0.36-billion-parameter Llama shape (hidden 1024, 24 layers, 16 heads, 8 KV heads, intermediate
   3072, vocabulary 32000) with random bf16 weights, and a mixture of experts of the same size (Qwen3-MoE, 8 experts of
-  384, 2 in use). "4 bits" is `serve --bits 4`.
+  384, 2 in use). "4 bits" is `serve --bits 4`. The hybrid is a smaller Qwen3-Next shape.
 - **Every node is pinned to one core** with `taskset` and computes with one thread. Coordinators and the client may use
   the same cores in every arm: {client_cores}.
 - **Arms are interleaved in one run**: each load goes to one arm after the other, and again for each round. Rates and
