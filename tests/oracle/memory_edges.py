@@ -2,8 +2,8 @@
 
 Usage: python -m tests.oracle.memory_edges COUNT. Both engines run as many plans; `make rehearsal` asks for 200.
 
-In float32: in 16 bits on a processor oneDNN compiles a product for every shape that it meets and keeps a thousand of
-them (64 MiB were seen, with experts), which is more than these models take.
+In float32: in 16 bits on a processor libraries keep products that they compiled, some of them as large as these models
+(`tests.oracle.test_torch_kernels`).
 
 Owns: the models and promises that a seed gives. Running them is `memory_peaks`.
 """

@@ -21,6 +21,7 @@ from cluster.steps import Boundary, Row
 from cluster.types import Backend, SequenceId
 from node.engine import Capacity, Logits, Progress, StageSpec
 from node.engines.torch.attention import Batch, Span
+from node.engines.torch.kernels import keep_few_kernels
 from node.engines.torch.kv import KvCache
 from node.engines.torch.slicing import Passing, SlicedModel, build_slice
 from node.engines.torch.tensors import TORCH_DTYPES, check_inputs, device_from, from_host, to_host
@@ -59,6 +60,7 @@ class TorchEngine:
         device = device_from(spec.device)
         if device.type == "cpu":
             give_back_when_freed()
+            keep_few_kernels()
         if spec.threads is not None:
             torch.set_num_threads(spec.threads)
         checkpoint = open_checkpoint(spec.folder)
