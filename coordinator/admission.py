@@ -14,6 +14,7 @@ from typing import Final
 
 from cluster.errors import RequestError
 from cluster.limits import SEQUENCES_MAX
+from cluster.rewinding import EXACT, Rewind
 from cluster.types import SequenceId
 from coordinator.lanes import Lane
 from coordinator.promises import Promises
@@ -32,6 +33,7 @@ class Room:
     kv_tokens: int
     context_tokens: int
     sequences: int = SEQUENCES_MAX  # live at once, whatever their length
+    rewind: Rewind = EXACT  # where sequences can be cut back to
 
 
 class Admission:

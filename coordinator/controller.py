@@ -36,6 +36,7 @@ class Wish:
     ask: Ask
     min_nodes: int
     host: HostId  # of the coordinator's machine: a node there makes the best first stage
+    prefix_cache: bool = True
 
 
 class Controller:
@@ -150,7 +151,8 @@ class Controller:
         source = Source(self._model.manifest.id, folder, self._port, facts.vocab_size, facts.bits)
         pipeline = await install(plan, fence, self._roster.members, source, self._credentials, self._tell)
         sequences = sequences_max(facts, plan.context_tokens, plan.users)
-        serving = Serving(pipeline, Room(len(plan.stages), plan.kv_tokens, plan.context_tokens, sequences))
+        room = Room(len(plan.stages), plan.kv_tokens, plan.context_tokens, sequences, facts.rewind)
+        serving = Serving(pipeline, room, prefix_cache=self._wish.prefix_cache)
         self.serving = serving
         self._service.begin(serving)
         work = (serving.run(), self._until_lost(plan), self._prove())

@@ -40,6 +40,7 @@ class GenerationRequest:
     ignore_eos: bool  # they may be drawn and do not end the choice
     eos_ids: frozenset[int]
     client: str = ""  # whoever asks; clients take turns
+    salt: str = ""  # only prompts with the same one share what stages have of them
     lane: Lane = Lane.INTERACTIVE
     timeout_s: float | None = None  # for everything, from the arrival to the last token
 
@@ -51,6 +52,15 @@ class GenerationRequest:
             limit = room if self.max_tokens is None else self.max_tokens
             for own in range(self.n):
                 yield Choice(at * self.n + own, prompt, replace(self.sampling, choice=own), limit)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptCached:
+    """The first tokens of this choice's prompt were not computed again: stages had them. Comes before its first token,
+    and only where there are any."""
+
+    choice: int
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +79,7 @@ class ChoiceEnd:
     reason: EndReason
 
 
-GenerationEvent = TokenEvent | ChoiceEnd
+GenerationEvent = PromptCached | TokenEvent | ChoiceEnd
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from cluster.limits import STEP_ROWS_MAX, STEP_TOKENS_MAX
-from cluster.steps import CacheVerb, Drop, Row, Step, StepDone, StepFailed, StepOutcome, Trim
+from cluster.steps import CacheVerb, Row, Step, StepDone, StepFailed, StepOutcome, Trim
 from cluster.types import SequenceId, StepId
 from coordinator.admission import Admission, Room
 from coordinator.deadlines import Limit, Times
 from coordinator.lanes import Lane, Turns
 from coordinator.pacing import Pace
+from coordinator.prefix_cache import PrefixCache, PrefixStatus
 from coordinator.sequence import EndReason, SequenceAsk, SequenceState
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixCached:
+    """The first tokens of its prompt were not computed again. Told with its first token, where there are any."""
+
+    seq: SequenceId
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +66,24 @@ class _Dispatched:
     paced: bool  # somebody read along when its chunks were chosen
 
 
-Event = TokenDrawn | SequenceEnded | SequenceFailed | SequenceExpired
+Event = PrefixCached | TokenDrawn | SequenceEnded | SequenceFailed | SequenceExpired
 
 
 class Scheduler:
     """The sequences of one installed plan. `now` is any clock's time in seconds that never goes back."""
 
-    def __init__(self, room: Room, *, budget_tokens: int = STEP_TOKENS_MAX, pace: Pace | None = None) -> None:
+    def __init__(
+        self,
+        room: Room,
+        *,
+        budget_tokens: int = STEP_TOKENS_MAX,
+        pace: Pace | None = None,
+        prefixes: PrefixCache | None = None,
+    ) -> None:
         self._room = room
         self._budget = budget_tokens
         self._admission = Admission(room)
+        self._prefixes = prefixes or PrefixCache(room)
         self._turns = Turns()  # of prompts to be computed
         self._pace = pace or Pace(room.stages)
         self._live: dict[SequenceId, SequenceState] = {}  # waiting or running
@@ -107,6 +124,7 @@ class Scheduler:
         lost = list(self._live)
         self._live.clear()
         self._admission.clear()
+        self._prefixes.clear()
         self._in_flight.clear()
         self._verbs.clear()
         return [SequenceFailed(seq, reason) for seq in lost]
@@ -118,9 +136,12 @@ class Scheduler:
         if len(self._in_flight) >= self._room.stages:
             return None
         # Drops come first in a step on every stage, so their room counts as free from here on.
-        self._verbs += [Drop(state.ask.seq) for state in self._admission.admit(now)]
+        for state in self._admission.admit(now):
+            self._verbs += self._prefixes.leave(state)
+        self._verbs += self._prefixes.begin(self._admission.running, self._admission.reserved_tokens)
         self._rewind()
         dispatched = self._choose()
+        self._prefixes.sent(dispatched.rows)
         verbs, self._verbs = tuple(self._verbs), []
         if not dispatched.rows and not verbs:
             return None
@@ -148,7 +169,7 @@ class Scheduler:
         readers = sum(state.ask.lane is Lane.INTERACTIVE for state in answering)
         prompts = [state for state in running if state.prefilling and not state.alone]
         if readers:
-            lengths = [len(state.tokens) for state in prompts]
+            lengths = [state.own_tokens for state in prompts]
             tokens = self._pace.beside_answers(share, len(rows), lengths, readers)
         else:
             tokens = self._pace.alone(sum(state.unsent for state in prompts))
@@ -170,7 +191,7 @@ class Scheduler:
             yield row
 
     def _could_be_computed_s(self, state: SequenceState) -> tuple[float, int]:
-        return state.times.submitted_s + self._pace.token_s * len(state.tokens), state.number
+        return state.times.submitted_s + self._pace.token_s * state.own_tokens, state.number
 
     # -- What happened -----------------------------------------------------------------------------------
 
@@ -186,6 +207,7 @@ class Scheduler:
         for kept in outcome.honoured:
             if kept.seq in self._admission.running:
                 self._admission.running[kept.seq].cut_to(kept.length)
+                self._prefixes.cut(kept.seq, kept.length)
         match outcome:
             case StepDone():
                 chunk_tokens = sum(len(row.tokens) for row in rows[dispatched.decoding :])
@@ -204,6 +226,8 @@ class Scheduler:
             if state is None:
                 continue
             reason = state.accept(drawn.token, now)
+            if state.generated == 1:
+                events += self._prompt_done(state)
             events.append(TokenDrawn(drawn.seq, drawn.token))
             if reason is not None:
                 events.append(SequenceEnded(drawn.seq, reason))
@@ -220,17 +244,22 @@ class Scheduler:
             # A chunk that followed the failed one does not continue the cache. That is not the sequence's fault.
             if row.seq in outcome.seqs and state.rewind_to is None:
                 events.append(SequenceFailed(row.seq, outcome.reason))
-                self._finish(state)
+                self._finish(state, spoilt=True)
             else:
                 state.alone = True
                 state.rewind(row.start)
         return events
 
-    def _finish(self, state: SequenceState, *, well: bool = False) -> None:
-        """Free the sequence's room. Steps under way still hold rows of it, but they precede the Drop everywhere."""
+    def _prompt_done(self, state: SequenceState) -> list[Event]:
+        self._prefixes.count(state)
+        return [PrefixCached(state.ask.seq, state.cached)] if state.cached else []
+
+    def _finish(self, state: SequenceState, *, well: bool = False, spoilt: bool = False) -> None:
+        """Free the sequence's room. Steps under way still hold rows of it, but they precede the next verbs everywhere.
+        What the stages have of it may serve others, unless it is spoilt."""
         del self._live[state.ask.seq]
         if self._admission.leave(state, well=well):
-            self._verbs.append(Drop(state.ask.seq))
+            self._verbs += self._prefixes.leave(state, spoilt=spoilt)
 
     # -- What there is -----------------------------------------------------------------------------------
 
@@ -245,6 +274,10 @@ class Scheduler:
     @property
     def in_flight(self) -> int:
         return len(self._in_flight)
+
+    @property
+    def prefixes(self) -> PrefixStatus:
+        return self._prefixes.status
 
     @property
     def reserved_tokens(self) -> int:

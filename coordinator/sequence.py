@@ -29,6 +29,7 @@ class SequenceAsk:
     min_tokens: int = 0
     ignore_eos: bool = False
     eos_ids: frozenset[int] = frozenset()
+    salt: str = ""  # shares what it begins with only with those that have the same
     open_ended: bool = False  # max_tokens is what the context leaves, not what the client named
     lane: Lane = Lane.INTERACTIVE
     client: str = ""  # whose turns it takes
@@ -52,6 +53,9 @@ class SequenceState:
     promised: int = 0  # cache positions reserved for it; 0 while it waits
     charged: int = 0  # tokens that counted as served to its client
     thrown_out: int = 0  # how often it had to give its room back
+    fresh: bool = False  # it has room, and what it can share of others is not decided yet
+    cached: int | None = None  # positions that it did not compute itself; None before it is decided
+    pause_at: int = 0  # a row ends here, so that another sequence can begin as a fork of what there is then
     sent: int = 0
     in_flight: int = 0  # steps on their way that hold a row of this sequence
     alone: bool = False  # computed in steps of its own, since a step that it shared has failed
@@ -68,6 +72,11 @@ class SequenceState:
     @property
     def unsent(self) -> int:
         return len(self.tokens) - self.sent
+
+    @property
+    def own_tokens(self) -> int:
+        """Those that no other sequence has computed for it."""
+        return len(self.tokens) - (self.cached or 0)
 
     @property
     def seniority(self) -> tuple[bool, int]:
@@ -87,12 +96,14 @@ class SequenceState:
     @property
     def prefilling(self) -> bool:
         """Several tokens to compute. Chunks follow each other through the pipeline without waiting."""
-        return self.settled and self.has_room and (self.unsent > 1 or (self.unsent == 1 and self.generated == 0))
+        ready = self.settled and self.has_room and not self.fresh
+        return ready and (self.unsent > 1 or (self.unsent == 1 and self.generated == 0))
 
     @property
     def decoding(self) -> bool:
         """One drawn token to compute."""
-        return self.settled and self.has_room and self.unsent == 1 and self.generated > 0 and self.in_flight == 0
+        ready = self.settled and self.has_room and not self.fresh
+        return ready and self.unsent == 1 and self.generated > 0 and self.in_flight == 0
 
     @property
     def answering(self) -> bool:
@@ -100,15 +111,26 @@ class SequenceState:
         return self.generated > 0 and self.has_room and self.unsent <= 1
 
     def begin(self, promised: int, now: float) -> None:
-        """It has room from here on, and computes its tokens from the first one. None of its rows is under way."""
-        self.promised = promised
+        """It has room from here on, and nothing in the caches yet. None of its rows is under way."""
+        self.promised, self.fresh = promised, True
         self.sent, self.rewind_to, self.trimming_to = 0, None, None
         if self.times.admitted_s is None:
             self.times.admitted_s = now
 
+    def start(self, length: int) -> None:
+        """It computes its tokens from here on: the stages have been asked for so many of the first ones. What it
+        computed itself before it had to give its room back does not count as cached."""
+        self.fresh, self.trimming_to = False, length or None
+        self.cached = length if self.cached is None else min(self.cached, length)
+
+    def pause(self, length: int) -> None:
+        """Let no row that holds position `length` hold one before it."""
+        self.pause_at = length if self.pause_at <= self.sent else min(self.pause_at, length)
+
     def take_row(self, tokens_max: int) -> Row:
         """The next row, marked as sent. It draws when it holds the last token."""
         start, end = self.sent, min(self.sent + tokens_max, len(self.tokens))
+        end = min(end, self.pause_at) if start < self.pause_at else end
         self.sent = end
         self.in_flight += 1
         draw = self._draw() if end == len(self.tokens) else None
@@ -124,6 +146,7 @@ class SequenceState:
         if self.trimming_to is not None and length < self.trimming_to:
             self.rewind(length)
         self.sent, self.trimming_to = length, None
+        self.cached = min(self.cached or 0, length)
 
     def _draw(self) -> Draw:
         ask = self.ask

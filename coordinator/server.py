@@ -58,6 +58,7 @@ class ServeOptions:
     peers: tuple[str, ...]
     mdns: bool
     state: StateDir
+    prefix_cache: bool = True
 
 
 class Coordinator:
@@ -166,7 +167,7 @@ class Coordinator:
                 text=text,
             )
         )
-        wish = Wish(options.ask, options.min_nodes, host_id(options.state))
+        wish = Wish(options.ask, options.min_nodes, host_id(options.state), options.prefix_cache)
         self._controller = Controller(model, wish, self._roster, self._service, self._credentials, port, self._tell)
         self._holders = Holders(model.manifest, self._roster)
         watching = asyncio.create_task(self._holders.watch())

@@ -19,12 +19,13 @@ from coordinator.generation import (
     ChoiceEnd,
     GenerationEvent,
     GenerationRequest,
+    PromptCached,
     Ready,
     ServedModel,
     TokenEvent,
 )
 from coordinator.lanes import Lane
-from coordinator.scheduler import SequenceEnded, SequenceExpired, SequenceFailed, TokenDrawn
+from coordinator.scheduler import PrefixCached, SequenceEnded, SequenceExpired, SequenceFailed, TokenDrawn
 from coordinator.sequence import SequenceAsk
 from coordinator.serving import Serving, first_token
 from coordinator.unread import Unread
@@ -136,6 +137,8 @@ class InferenceService:
                 event = await events.get()
                 index = choices[event.seq].index
                 match event:
+                    case PrefixCached(_, tokens):
+                        yield PromptCached(index, tokens)
                     case TokenDrawn(_, token):
                         self._token_at_s = self._now()
                         yield TokenEvent(index, token)
@@ -174,6 +177,7 @@ def _ask(seq: SequenceId, choice: Choice, request: GenerationRequest, deadlines:
         open_ended=request.max_tokens is None,
         lane=request.lane,
         client=request.client,
+        salt=request.salt,
         deadlines=deadlines,
     )
 

@@ -15,7 +15,16 @@ from cluster.errors import NotReady, PotluckError
 from cluster.types import SequenceId
 from coordinator.admission import Room
 from coordinator.pipeline import Pipeline, TimedOutcome
-from coordinator.scheduler import Event, Scheduler, SequenceEnded, SequenceExpired, SequenceFailed, TokenDrawn
+from coordinator.prefix_cache import PrefixCache, PrefixStatus
+from coordinator.scheduler import (
+    Event,
+    PrefixCached,
+    Scheduler,
+    SequenceEnded,
+    SequenceExpired,
+    SequenceFailed,
+    TokenDrawn,
+)
 from coordinator.sequence import SequenceAsk
 from coordinator.telemetry import Telemetry
 
@@ -28,10 +37,12 @@ _DEADLINE_TICK_S = 0.1
 class Serving:
     """Lives as long as its pipeline."""
 
-    def __init__(self, pipeline: Pipeline, room: Room, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, pipeline: Pipeline, room: Room, now: Callable[[], float] = time.monotonic, *, prefix_cache: bool = True
+    ) -> None:
         self.room = room
         self.telemetry = Telemetry()
-        self._scheduler = Scheduler(room)
+        self._scheduler = Scheduler(room, prefixes=PrefixCache(room, enabled=prefix_cache))
         self._pipeline = pipeline
         self._listeners: dict[SequenceId, Listener] = {}
         self._ids = itertools.count(1)
@@ -70,7 +81,7 @@ class Serving:
         self._pump()
 
     def cancel(self, seqs: Sequence[SequenceId]) -> None:
-        """Nobody listens any more; the caches are freed on every stage."""
+        """Nobody listens any more; their room in the caches is free on every stage."""
         for seq in seqs:
             if self._listeners.pop(seq, None) is not None:
                 self._scheduler.cancel(seq)
@@ -85,6 +96,10 @@ class Serving:
     def restarts(self) -> int:
         """How often a sequence had to give its room back and begin again."""
         return self._scheduler.restarts
+
+    @property
+    def prefixes(self) -> PrefixStatus:
+        return self._scheduler.prefixes
 
     async def _watch_deadlines(self) -> None:
         while True:
@@ -110,7 +125,7 @@ class Serving:
             listener = self._listeners.get(event.seq)
             if listener is None:
                 continue
-            if not isinstance(event, TokenDrawn):
+            if not isinstance(event, (PrefixCached, TokenDrawn)):
                 del self._listeners[event.seq]  # it has ended, well or badly
             listener(event)
 
@@ -136,5 +151,5 @@ async def first_token(serving: Serving, ask: SequenceAsk, timeout_s: float) -> N
             raise PotluckError(event.reason)
         case SequenceExpired():
             raise PotluckError(f"no token came out within {event.seconds:.0f} s")
-        case TokenDrawn() | SequenceEnded():
+        case PrefixCached() | TokenDrawn() | SequenceEnded():
             pass

@@ -10,6 +10,7 @@ from cluster.types import NodeId
 from coordinator.holders import Held
 from coordinator.hub import ResolvedModel
 from coordinator.opening import OpenModel
+from coordinator.prefix_cache import PrefixStatus
 from coordinator.roster import Member, Roster
 from coordinator.serving import Serving
 from coordinator.telemetry import TokenTime
@@ -124,9 +125,20 @@ def _load(serving: Serving) -> dict[str, object]:
         "restarts": serving.restarts,
         "kv_tokens_reserved": reserved,
         "kv_tokens": serving.room.kv_tokens,
+        "prefix_cache": _prefixes(serving.prefixes),
         "tokens_drawn": serving.telemetry.tokens_drawn,
         "stages_busy_s": list(serving.telemetry.stages_busy_s),
         "token_time": None if times is None else _times(times),
+    }
+
+
+def _prefixes(prefixes: PrefixStatus) -> dict[str, object]:
+    return {
+        "enabled": prefixes.enabled,
+        "retained_sequences": prefixes.retained_sequences,
+        "retained_tokens": prefixes.retained_tokens,
+        "prompt_tokens": prefixes.prompt_tokens,
+        "cached_tokens": prefixes.cached_tokens,
     }
 
 

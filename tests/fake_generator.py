@@ -11,6 +11,7 @@ from coordinator.generation import (
     ChoiceEnd,
     GenerationEvent,
     GenerationRequest,
+    PromptCached,
     Ready,
     ServedModel,
     TokenEvent,
@@ -52,6 +53,7 @@ class FakeGenerator:
         )
         self.answer = answer
         self._said = self.encode(answer) if isinstance(answer, str) else ()
+        self.cached: dict[int, int] = {}  # tokens of the prompt that were not computed again, by choice
         self.refusal: PotluckError | None = None  # raised instead of the first event
         self.failure: Exception | None = None  # raised after `failure_after` tokens
         self.failure_after = 0
@@ -101,6 +103,8 @@ class FakeGenerator:
                     await asyncio.Event().wait()
                 if self.failure is not None and sum(drawn.values()) == self.failure_after:
                     raise self.failure
+                if drawn[index] == 0 and index in self.cached:
+                    yield PromptCached(index, self.cached[index])
                 token = self._token(request, choice, drawn[index])
                 drawn[index] += 1
                 yield TokenEvent(index, token)

@@ -58,6 +58,9 @@ def serve(
     bits: opt.Bits = None,
     queue_timeout: opt.QueueTimeout = QUEUE_TIMEOUT_S,
     request_timeout: opt.RequestTimeout = REQUEST_TIMEOUT_S,
+    no_prefix_cache: Annotated[
+        bool, typer.Option("--no-prefix-cache", help="Compute every prompt anew, also where another began alike.")
+    ] = False,
     exclude: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Do not use the node of this name.")] = None,
     peer: opt.Peers = None,
     no_mdns: opt.NoMdns = False,
@@ -101,6 +104,7 @@ def serve(
             bits=bits,
             queue_timeout_s=queue_timeout,
             request_timeout_s=request_timeout,
+            prefix_cache=not no_prefix_cache,
             exclude=tuple(exclude or ()),
             peers=tuple(peer or ()),
             mdns=not no_mdns,

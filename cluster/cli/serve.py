@@ -44,6 +44,7 @@ class ServeCommand:
     bits: int | None
     queue_timeout_s: float
     request_timeout_s: float
+    prefix_cache: bool
     exclude: tuple[str, ...]
     peers: tuple[str, ...]
     mdns: bool
@@ -80,6 +81,7 @@ def serve_command(command: ServeCommand) -> int:
             peers=command.peers,
             mdns=command.mdns,
             state=state,
+            prefix_cache=command.prefix_cache,
         )
 
         async def work(stop: asyncio.Event) -> None:

@@ -48,8 +48,20 @@ def status_lines(status: Mapping[str, Any]) -> list[str]:
             f"{load['running']} answers running, {load['waiting']} waiting, "
             f"{load['kv_tokens_reserved']} of {load['kv_tokens']} cache tokens reserved"
         )
+        lines.append(_prefixes(load["prefix_cache"]))
         lines += time_lines(status)
     return lines
+
+
+def _prefixes(cache: Mapping[str, Any]) -> str:
+    """What is kept of ended answers, and what it has saved."""
+    if not cache["enabled"]:
+        return "prefix cache: off"
+    share = cache["cached_tokens"] / cache["prompt_tokens"] if cache["prompt_tokens"] else 0.0
+    return (
+        f"prefix cache: {cache['retained_tokens']} tokens of {cache['retained_sequences']} answers kept; "
+        f"{cache['cached_tokens']} of {cache['prompt_tokens']} prompt tokens were not computed again ({share:.0%})"
+    )
 
 
 def _weights(weights: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from cluster.errors import ClusterError
 from coordinator.api.schema import Options
-from coordinator.generation import ChoiceEnd, GenerationRequest, Generator, ServedModel, TokenEvent
+from coordinator.generation import ChoiceEnd, GenerationRequest, Generator, PromptCached, ServedModel, TokenEvent
 from coordinator.sequence import EndReason
 from coordinator.text.detokenizer import Detokenizer
 from coordinator.text.model import TextModel
@@ -46,6 +46,7 @@ class Delta:
     text: str
     tokens: tuple[int, ...]
     end: EndReason | None = None
+    cached_tokens: int = 0  # of the choice's prompt; told with its first token
 
 
 class ChoiceText:
@@ -80,17 +81,20 @@ async def generate(generator: Generator, job: Job) -> AsyncGenerator[Delta, None
         index: ChoiceText(job.model.text, request, job.options.stops, continues=job.continues)
         for index in range(job.choice_count)
     }
+    cached: dict[int, int] = {}
     async with aclosing(generator.submit(request)) as events:
         async for event in events:
             if event.choice not in choices:
                 continue  # it crossed with the cancelling of a choice
             match event:
+                case PromptCached(choice, tokens):
+                    cached[choice] = tokens
                 case TokenEvent(choice, token):
                     text, stopped = choices[choice].push(token)
                     if stopped:
                         del choices[choice]
                         generator.cancel_choice(request.id, choice)
-                    yield Delta(choice, text, (token,))
+                    yield Delta(choice, text, (token,), cached_tokens=cached.pop(choice, 0))
                     if stopped:
                         yield Delta(choice, "", (), EndReason.STOP)
                 case ChoiceEnd(choice, reason):

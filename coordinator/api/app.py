@@ -26,7 +26,7 @@ from coordinator.api.prompts import Prompts, check_fit
 from coordinator.api.reading import Reader, read_body
 from coordinator.api.responding import Shape, respond
 from coordinator.api.schema import Options
-from coordinator.api.security import HostCheck, client_of
+from coordinator.api.security import HostCheck, client_of, key_of
 from coordinator.generation import GenerationRequest, Generator, ServedModel
 
 
@@ -79,14 +79,16 @@ def _generation(service: Generator, reader: Reader, api: Api) -> Endpoint:
         model = service.model()
         if model is None or model.context_tokens is None:
             raise NotReady((await service.ready()).reason or f"the coordinator is {service.phase()}")
-        job = await reader.understand(body, partial(_job, api, model, model.context_tokens, client_of(request)))
+        who = client_of(request), key_of(request)
+        job = await reader.understand(body, partial(_job, api, model, model.context_tokens, who))
         return await respond(service, job, api, request.receive)
 
     return endpoint
 
 
-def _job(api: Api, model: ServedModel, context_tokens: int, client: str, body: object) -> Job:
+def _job(api: Api, model: ServedModel, context_tokens: int, who: tuple[str, str], body: object) -> Job:
     """Everything about a request that can be known before it runs. Long ones are understood in a thread."""
+    client, key = who
     options, prompts = api.read(body, model, context_tokens)
     check_fit(prompts, options, context_tokens, api.prompt_field)
     id = api.id_prefix + secrets.token_hex(12)
@@ -100,6 +102,7 @@ def _job(api: Api, model: ServedModel, context_tokens: int, client: str, body: o
         ignore_eos=options.ignore_eos,
         eos_ids=model.text.eos_ids,
         client=client,
+        salt=key,
         lane=options.lane,
         timeout_s=options.timeout_s,
     )

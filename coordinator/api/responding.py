@@ -33,6 +33,33 @@ class Whole:
         self.end = delta.end
 
 
+class Count:
+    """The tokens that an answer cost."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._completion_tokens = 0
+        self._cached: dict[int, int] = {}  # by choice, of those that have a token
+
+    def add(self, delta: Delta) -> None:
+        self._completion_tokens += len(delta.tokens)
+        if delta.tokens:
+            self._cached.setdefault(delta.choice, delta.cached_tokens)
+
+    def usage(self) -> Object:
+        """A prompt counts once, however many choices it has; so of what its choices found cached, only what none of
+        them had to compute."""
+        job, n = self._job, self._job.request.n
+        prompts = [range(at * n, (at + 1) * n) for at in range(len(job.request.prompts))]
+        cached = sum(min(self._cached.get(choice, 0) for choice in choices) for choices in prompts)
+        return {
+            "prompt_tokens": job.prompt_tokens,
+            "completion_tokens": self._completion_tokens,
+            "total_tokens": job.prompt_tokens + self._completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+
 class Shape(ChunkShape, Protocol):
     """How one of the two APIs writes answers."""
 
@@ -64,11 +91,12 @@ async def _first(deltas: AsyncGenerator[Delta, None]) -> Delta:
 
 async def _whole(deltas: AsyncGenerator[Delta, None], job: Job, shape: Shape) -> Response:
     choices = [Whole() for _ in range(job.choice_count)]
+    count = Count(job)
     async with aclosing(deltas):
         async for delta in deltas:
             choices[delta.choice].add(delta)
-    count = sum(len(choice.tokens) for choice in choices)
-    body = {**shape.whole(job, choices), "usage": usage(job, count)}
+            count.add(delta)
+    body = {**shape.whole(job, choices), "usage": count.usage()}
     return Response(json.dumps(body, ensure_ascii=False).encode(), media_type="application/json")
 
 
@@ -77,7 +105,7 @@ async def _events(
 ) -> AsyncGenerator[bytes, None]:
     """The stream's events. An error in the middle is an event of its own, without [DONE] after it: the official client
     raises it, and nobody can take the answer for a whole one."""
-    count = 0
+    count = Count(job)
     # OpenAI sends a null usage with every chunk but the last when the client asked for it.
     pending: Object = {"usage": None} if job.options.include_usage else {}
     chunks = ChunkWriter(job, shape, pending)
@@ -86,21 +114,12 @@ async def _events(
             for chunk in shape.opening(job):
                 yield sse({**chunk, **pending})
             yield chunks.write(first)
-            count += len(first.tokens)
+            count.add(first)
             async for delta in deltas:
-                count += len(delta.tokens)
+                count.add(delta)
                 yield chunks.write(delta)
         if job.options.include_usage:
-            yield sse({**shape.closing(job), "usage": usage(job, count)})
+            yield sse({**shape.closing(job), "usage": count.usage()})
         yield DONE
     except Exception as error:  # noqa: BLE001 - the boundary of a request: the status is out, so the stream says it.
         yield b"data: " + problem_of(error).body() + b"\n\n"
-
-
-def usage(job: Job, completion_tokens: int) -> Object:
-    return {
-        "prompt_tokens": job.prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": job.prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": 0},
-    }

@@ -62,9 +62,14 @@ class HostCheck:
 def client_of(request: Request) -> str:
     """Who takes turns with whom: an address, and the key that it sent. Keys are not checked here, and many programs
     send the same made-up one, so a key alone would make one client of many machines."""
-    address = request.client.host if request.client else ""
+    address, key = request.client.host if request.client else "", key_of(request)
+    return f"{address} {key}" if key else address
+
+
+def key_of(request: Request) -> str:
+    """What stands for the key that a client sent; empty where it sent none."""
     key = request.headers.get("authorization", "")
-    return f"{address} {hashlib.sha256(key.encode()).hexdigest()[:16]}" if key else address
+    return hashlib.sha256(key.encode()).hexdigest()[:16] if key else ""
 
 
 def hostname(host: str) -> str:

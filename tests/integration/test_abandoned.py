@@ -1,4 +1,5 @@
-"""Answers that nobody waits for any more leave nothing behind: not in the queue, not in any stage's cache."""
+"""Answers that nobody waits for any more take no room: not in the queue, not in any stage's cache. What the stages have
+of them stays only where nobody needs the room, and every token of that is accounted for."""
 
 from __future__ import annotations
 
@@ -30,8 +31,9 @@ def _ask_for(answer_tokens: int, served: Served, **fields: object) -> dict[str, 
 def _is_free(mixed: Coordinator) -> bool:
     status = mixed.status()
     load, nodes = status["load"], status["nodes"]
-    used = [node["kv_tokens_used"] for node in nodes]
-    return (load["waiting"], load["running"], load["kv_tokens_reserved"], *used) == (0,) * (3 + len(nodes))
+    used = {node["kv_tokens_used"] for node in nodes}
+    nobody = (load["waiting"], load["running"], load["kv_tokens_reserved"]) == (0, 0, 0)
+    return nobody and used == {load["prefix_cache"]["retained_tokens"]}
 
 
 def _is_busy(mixed: Coordinator) -> bool:

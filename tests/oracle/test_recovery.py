@@ -20,6 +20,7 @@ from cluster.steps import Boundary, Row, Sampling
 from cluster.types import DeploymentId, Epoch, SequenceId
 from coordinator.admission import Room
 from coordinator.pacing import Pace
+from coordinator.prefix_cache import PrefixCache
 from coordinator.scheduler import Scheduler, SequenceFailed, TokenDrawn
 from coordinator.sequence import SequenceAsk
 from node.engine import Engine, Logits
@@ -57,7 +58,9 @@ class Pipeline:
         engines = load_pipeline(makers, specs)
         self._fail(engines[1], failing)
         self.stages = [StageRunner(engine, stage=i, is_last=i == 1) for i, engine in enumerate(engines)]
-        self.scheduler = Scheduler(Room(2, 4 * CONTEXT, CONTEXT), budget_tokens=budget, pace=Unhurried(2))
+        room = Room(2, 4 * CONTEXT, CONTEXT)
+        prefixes = PrefixCache(room, enabled=False)
+        self.scheduler = Scheduler(room, budget_tokens=budget, pace=Unhurried(2), prefixes=prefixes)
         self.kept: list[int] = []  # by every trim, on the stage that kept the least
 
     @staticmethod

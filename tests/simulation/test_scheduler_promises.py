@@ -13,6 +13,7 @@ from cluster.steps import Sampling
 from cluster.types import SequenceId
 from coordinator.admission import Room
 from coordinator.lanes import Lane
+from coordinator.prefix_cache import PrefixCache
 from coordinator.scheduler import Scheduler
 from coordinator.sequence import SequenceAsk
 from tests.simulation.stages import Costs, Stages
@@ -29,7 +30,12 @@ def on(stages: int, arrivals: Iterable[Arrival], *, kv_tokens: int = 1 << 20) ->
     first = asked(WARM_UP, prompt=100, answer=30)
     later = [Arrival(arrival.at_s + 10, arrival.ask) for arrival in arrivals]
     pipeline = Stages(room, costs, random.Random(1), jitter=0.1)
-    return {int(seq): life for seq, life in World(Scheduler(room), pipeline, [first, *later]).run().items()}
+    return {
+        int(seq): life
+        for seq, life in World(Scheduler(room, prefixes=PrefixCache(room, enabled=False)), pipeline, [first, *later])
+        .run()
+        .items()
+    }
 
 
 def asked(number: int, prompt: int, answer: int, at_s: float = 0.0, **fields: object) -> Arrival:

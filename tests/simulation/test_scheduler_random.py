@@ -20,6 +20,7 @@ from cluster.types import SequenceId
 from coordinator.admission import Room
 from coordinator.deadlines import Deadlines, Limit
 from coordinator.lanes import Lane
+from coordinator.prefix_cache import PrefixCache
 from coordinator.scheduler import Scheduler
 from coordinator.sequence import SequenceAsk
 from tests.simulation.stages import END, Costs, Stages
@@ -35,7 +36,7 @@ def simulate(seed: int) -> list[Life]:
     costs = Costs(rng.uniform(0.001, 0.05), rng.uniform(0.0, 0.01))
     is_troubled = rng.random() < 0.5
     stages = Stages(room, costs, rng, failing=0.02 * is_troubled, forgetful=0.2 * is_troubled, jitter=rng.random())
-    scheduler = Scheduler(room, budget_tokens=rng.choice([1, 7, 24, 2048]))
+    scheduler = Scheduler(room, budget_tokens=rng.choice([1, 7, 24, 2048]), prefixes=PrefixCache(room, enabled=False))
     world = World(scheduler, stages, [_arrival(rng, number, room) for number in range(rng.randint(1, 12))])
     return list(world.run().values())
 
@@ -110,5 +111,7 @@ def test_whatever_is_asked_comes_to_its_end(
         )
         for number, (prompt, is_open, lane, client, at) in enumerate(requests)
     ]
-    world = World(Scheduler(room), Stages(room, Costs(), random.Random(0)), arrivals)
+    world = World(
+        Scheduler(room, prefixes=PrefixCache(room, enabled=False)), Stages(room, Costs(), random.Random(0)), arrivals
+    )
     assert {life.end for life in world.run().values()} == {"length"}

@@ -32,6 +32,22 @@ def test_a_chat_answer_has_openais_shape() -> None:
     }
 
 
+def test_what_was_not_computed_again_is_counted() -> None:
+    generator = FakeGenerator()
+    generator.cached = {0: 3}
+    assert chat(generator)["usage"]["prompt_tokens_details"] == {"cached_tokens": 3}
+
+
+def test_of_several_choices_prompts_only_what_none_had_to_compute_counts_as_cached() -> None:
+    """The second choice has what the first one computed. With two prompts of two choices, each prompt counts once."""
+    generator = FakeGenerator()
+    generator.cached = {0: 2, 1: 9, 3: 9}
+    assert complete(generator, n=2)["usage"]["prompt_tokens_details"] == {"cached_tokens": 2}
+    generator.cached = {0: 2, 1: 9, 2: 5, 3: 4}
+    answer = complete(generator, prompt=["hello world", "hello there"], n=2)
+    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 2 + 4}
+
+
 def test_the_chat_template_makes_the_prompt() -> None:
     generator = FakeGenerator()
     chat(generator, messages=[{"role": "developer", "content": "be brief"}, *HI])

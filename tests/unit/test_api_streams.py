@@ -60,6 +60,14 @@ def test_usage_comes_last_when_asked_for(path: str) -> None:
     assert all(chunk["usage"] is None for chunk in chunks)
 
 
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_the_streamed_usage_tells_what_was_cached(path: str) -> None:
+    generator = FakeGenerator()
+    generator.cached = {0: 4}
+    *_, last = stream(generator, path, stream_options={"include_usage": True}, stop="wor")
+    assert last["usage"]["prompt_tokens_details"] == {"cached_tokens": 4}
+
+
 def test_usage_is_left_out_otherwise() -> None:
     assert all("usage" not in chunk for chunk in stream(FakeGenerator(), CHAT))
 

@@ -11,6 +11,7 @@ from cluster.limits import QUEUED_REQUESTS_MAX, SEQUENCES_MAX
 from cluster.steps import Drawn, Drop, Honoured, Sampling, Step, StepDone, StepFailed, StepOutcome, Trim
 from cluster.types import SequenceId
 from coordinator.admission import Room
+from coordinator.prefix_cache import PrefixCache
 from coordinator.scheduler import Event, Scheduler, SequenceEnded, SequenceFailed, TokenDrawn
 from coordinator.sequence import EndReason, SequenceAsk
 
@@ -26,7 +27,9 @@ def ask(number: int, prompt: int = 3, max_tokens: int = 4, **changes: object) ->
 def scheduler(
     stages: int = 1, kv_tokens: int = 1000, context: int = 500, budget: int = 8, sequences: int = SEQUENCES_MAX
 ) -> Scheduler:
-    return Scheduler(Room(stages, kv_tokens, context, sequences), budget_tokens=budget)
+    """Keeps nothing of what has ended: `test_prefix_cache` is about that."""
+    room = Room(stages, kv_tokens, context, sequences)
+    return Scheduler(room, budget_tokens=budget, prefixes=PrefixCache(room, enabled=False))
 
 
 def done(step: Step, token: int = 50) -> StepDone:
