@@ -147,6 +147,7 @@ class StageFlow:
         while True:
             for message in encode(await self._outbox.get()):
                 await stream.write(message)
+            self._inbox.taken()
             self._room.release()
 
     async def close(self) -> None:

@@ -63,6 +63,30 @@ def test_the_thread_goes_on_while_the_loop_is_held_up() -> None:
     run(test)
 
 
+def test_a_result_is_on_its_way_before_the_next_item_begins() -> None:
+    async def test(thread: ThreadPoolExecutor) -> None:
+        results: asyncio.Queue[int] = asyncio.Queue()
+        seen: list[int] = []
+        gate = threading.Event()
+
+        def work(item: int) -> int:
+            gate.wait(_PATIENCE_S)
+            seen.append(item)
+            return item
+
+        queue = EngineQueue(thread, work, results.put_nowait, nothing_fails, head_start_s=_PATIENCE_S)
+        for item in range(20):
+            queue.put(item)
+        gate.set()
+        for item in range(20):
+            assert await results.get() == item
+            await asyncio.sleep(0.001)  # the thread could begin now
+            assert seen == [*range(item + 1)]
+            queue.taken()
+
+    run(test)
+
+
 def test_after_a_failure_nothing_more_is_taken() -> None:
     async def test(thread: ThreadPoolExecutor) -> None:
         failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
