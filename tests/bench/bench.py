@@ -48,7 +48,8 @@ class Bench:
         load = Load(users, IN_TOKENS, self.effort.output_tokens, rounds=1)
         if load not in self._loads:
             arms = [self.arms[name] for name in names if self.has(name)]
-            self._loads[load] = run_load(arms, load, self.effort.rounds)
+            rounds = self.effort.rounds if users == 1 else self.effort.crowd_rounds
+            self._loads[load] = run_load(arms, load, rounds)
         return self._loads[load]
 
     @property

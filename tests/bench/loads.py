@@ -25,14 +25,17 @@ class Effort:
     """How much is measured: a quick table tells whether it works, a full one what is true."""
 
     rounds: int
+    crowd_rounds: int  # of loads with many answers, each of which is many measurements
     pass_seconds: float  # of each stage's passes alone
     output_tokens: int
     coordinator_seconds: float
     quick: bool
 
 
-FULL = Effort(rounds=3, pass_seconds=2.0, output_tokens=OUT_TOKENS, coordinator_seconds=5.0, quick=False)
-QUICK = Effort(rounds=1, pass_seconds=0.3, output_tokens=24, coordinator_seconds=1.0, quick=True)
+FULL = Effort(
+    rounds=3, crowd_rounds=2, pass_seconds=2.0, output_tokens=OUT_TOKENS, coordinator_seconds=5.0, quick=False
+)
+QUICK = Effort(rounds=1, crowd_rounds=1, pass_seconds=0.3, output_tokens=24, coordinator_seconds=1.0, quick=True)
 
 
 def interleaved(arms: Sequence[Arm], rounds: int, work: Callable[[Arm], Awaitable[T]]) -> Mapping[str, list[T]]:

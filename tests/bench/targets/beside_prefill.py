@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 from cluster.cli.bench_client import Answer
 from cluster.cli.bench_measures import Load, Spread
+from cluster.errors import ClusterError
 from tests.bench.arms import Arm
-from tests.bench.bench import ONE, TWO, Bench
+from tests.bench.bench import TWO, Bench
 from tests.bench.loads import IN_TOKENS, run_load, whole
 from tests.bench.rows import Row, at_most
 
@@ -20,34 +21,24 @@ _OUTPUT_MAX = 1000
 
 
 def rows(bench: Bench) -> list[Row]:
-    names = [name for name in (TWO, ONE) if bench.has(name)]
-    return [row for name in names for row in _arm_rows(bench, bench.arm(name), has_target=name == TWO)]
-
-
-def _arm_rows(bench: Bench, arm: Arm, *, has_target: bool) -> list[Row]:
+    arm = bench.arm(TWO)
     alone = run_load([arm], Load(USERS, IN_TOKENS, bench.effort.output_tokens, rounds=1), 1)[arm.name][0]
     quiet_s = asyncio.run(_prompt(arm)).first_s or 0.0
     assert alone.gap is not None and alone.first is not None
     # The answers outlast the prompt, unless it takes three times as long beside them.
     output = min(_OUTPUT_MAX, 2 * _HEAD_START + math.ceil(3 * quiet_s / alone.gap.p50_s))
-    gaps: list[float] = []
-    beside_s = []
-    for _ in range(bench.effort.rounds):
-        wait_s = alone.first.p95_s + _HEAD_START * alone.gap.p50_s
-        prompt, answers = asyncio.run(_beside(arm, output, wait_s))
-        gaps += _gaps_during(prompt, answers)
-        beside_s.append(prompt.first_s or 0.0)
+    prompt, answers = asyncio.run(_beside(arm, output, alone.first.p95_s + _HEAD_START * alone.gap.p50_s))
+    gaps = _gaps_during(prompt, answers)
     beside = Spread.of(gaps)
     if beside is None:
-        return []
-    promise = at_most(2.5) if has_target else None
+        raise ClusterError("the four answers ended before the prompt came")
     return [
-        Row(4, f"{arm.name}: p99 gap beside a prompt of {PROMPT}, to the median gap without",
-            beside.p99_s / alone.gap.p50_s, "", 1.0, promise),
-        Row(4, f"{arm.name}: median gap of {USERS} answers alone", 1000 * alone.gap.p50_s, "ms"),
-        Row(4, f"{arm.name}: median gap beside the prompt", 1000 * beside.p50_s, "ms"),
-        Row(4, f"{arm.name}: p99 gap beside the prompt", 1000 * beside.p99_s, "ms", note=f"{len(gaps)} gaps"),
-        Row(4, f"{arm.name}: the prompt's first token beside them", max(beside_s), "s", quiet_s,
+        Row(4, f"two nodes: p99 gap beside a prompt of {PROMPT}, to the median gap without",
+            beside.p99_s / alone.gap.p50_s, "", 1.0, at_most(2.5), note=f"{len(gaps)} gaps"),
+        Row(4, f"two nodes: median gap of {USERS} answers alone", 1000 * alone.gap.p50_s, "ms"),
+        Row(4, "two nodes: median gap beside the prompt", 1000 * beside.p50_s, "ms"),
+        Row(4, "two nodes: p99 gap beside the prompt", 1000 * beside.p99_s, "ms"),
+        Row(4, "two nodes: the prompt's first token beside them", prompt.first_s, "s", quiet_s,
             note="the ceiling is the same prompt's without them"),
     ]  # fmt: skip
 
