@@ -17,9 +17,8 @@ from cluster.errors import ModelError
 from cluster.models.checkpoint import Checkpoint
 from cluster.rewinding import SNAPSHOT_TOKENS, Rewind
 from cluster.types import SequenceId
-from node.engines.mlx import experts, weights
+from node.engines.mlx import experts, seating, weights
 from node.engines.mlx.arguments import read_arguments
-from node.engines.mlx.cache import KvCache
 from node.engines.mlx.positions import StateCache
 from tests.oracle.mlx_reference import mlx_reference
 from tests.oracle.pipelines import greedy, row, run_prefill, run_step
@@ -120,14 +119,14 @@ def _forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _of_another_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """When sequences move to a new lane, states stay in the order of the old one."""
-    part = KvCache._part
+    part = seating._part
 
-    def first_row(self: KvCache, origin: Any, layer: int, seq: SequenceId) -> Any:
-        arrays, place, length = part(self, origin, layer, seq)
+    def first_row(origin: Any, layer: int) -> Any:
+        arrays, place, length = part(origin, layer)
         is_state = bool(arrays) and arrays[0].ndim == 3
         return arrays, 0 if is_state else place, length
 
-    monkeypatch.setattr(KvCache, "_part", first_row)
+    monkeypatch.setattr(seating, "_part", first_row)
 
 
 @pytest.mark.parametrize("mutate", [_forgotten, _of_another_row])

@@ -6,7 +6,7 @@ the order of things: check, build, evaluate once, and only then let the new posi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -22,8 +22,8 @@ from node.engine import Capacity, Logits, Progress, StageSpec
 from node.engines.mlx.arguments import read_arguments
 from node.engines.mlx.cache import KvCache
 from node.engines.mlx.device import nothing_kept, open_device
-from node.engines.mlx.lane import Lane
-from node.engines.mlx.positions import LayerCache, Positions, StateCache, owned
+from node.engines.mlx.lane import Span
+from node.engines.mlx.positions import Positions, owned
 from node.engines.mlx.rehearsal import rehearse
 from node.engines.mlx.slicing import Piece, SlicedModel
 from node.engines.mlx.tensors import (
@@ -53,13 +53,13 @@ class _Loaded:
 
 @dataclass(frozen=True, slots=True)
 class _Forward:
-    """One lane's share of a step: built, not computed."""
+    """One span's share of a step: built, not computed."""
 
-    lane: Lane
-    rows: tuple[int, ...]  # of the step, in the lane's order
+    span: Span
+    rows: tuple[int, ...]  # of the step, in the span's order
     tokens: int
-    drawing: tuple[int, ...]  # of this forward
-    caches: tuple[LayerCache | StateCache, ...]  # of the owned layers
+    drawing: tuple[int, ...]  # of these, by their place
+    kept: tuple[tuple[mx.array, ...], ...]  # what the span's lane is to hold, by owned layer
     results: tuple[mx.array, ...]  # the boundary's bits [rows, tokens, ...]; float32 logits on the last stage
 
 
@@ -117,7 +117,7 @@ class MlxEngine:
                 forwards = _build(loaded, rows, inputs)
                 _compute(loaded, forwards)
             finally:
-                loaded.cache.forget_uncommitted()
+                loaded.cache.reconcile()
             return _logits(loaded, rows, forwards) if loaded.spec.is_last else _boundary(loaded, rows, forwards)
 
     def fork(self, src: SequenceId, dst: SequenceId, length: int) -> int:
@@ -182,59 +182,62 @@ def _check(loaded: _Loaded, rows: Sequence[Row], inputs: Boundary | None) -> Non
 
 
 def _build(loaded: _Loaded, rows: Sequence[Row], inputs: Boundary | None) -> list[_Forward]:
-    """Every lane's forward as a graph. What the cache holds has not changed yet."""
+    """Every span's forward as a graph. What the cache holds has not changed yet."""
     index_of = {row.seq: index for index, row in enumerate(rows)}
     begins = _begins(rows)
     entering = [host_bits(tensor) for tensor in inputs or ()]
-    forwards = []
-    for lane in loaded.cache.lanes_for({row.seq: len(row.tokens) for row in rows}):
-        indices = tuple(index_of[seq] for seq in lane.live)
-        forwards.append(_forward(loaded, lane, indices, rows, begins, entering))
-    return forwards
+    spans = loaded.cache.spans_for({row.seq: len(row.tokens) for row in rows})
+    return [_forward(loaded, span, index_of, rows, begins, entering) for span in spans]
 
 
 def _forward(
     loaded: _Loaded,
-    lane: Lane,
-    indices: tuple[int, ...],
+    span: Span,
+    index_of: Mapping[SequenceId, int],
     rows: Sequence[Row],
     begins: Sequence[int],
     entering: Sequence[Bits],
 ) -> _Forward:
     sliced, spec = loaded.sliced, loaded.spec
-    tokens = len(rows[indices[0]].tokens)
-    positions = Positions([rows[index].start for index in indices], tokens, lane.capacity)
+    live = tuple(index_of[seq] for _, seq in span.seated)
+    # What is computed for nobody is another row's tokens once more: numbers like any other.
+    indices = [live[0] if seq is None else index_of[seq] for seq in span.seqs]
+    tokens = len(rows[live[0]].tokens)
+    positions = Positions(
+        [rows[index].start for index in indices], tokens, span.lane.capacity, first=span.first, live=span.live
+    )
     kept = [layer for layer in spec.layers if not sliced.kinds[layer].shares]
-    caches = tuple(owned(positions, sliced.kinds[layer], lane.stored(slot)) for slot, layer in enumerate(kept))
-    drawing = tuple(place for place, index in enumerate(indices) if rows[index].draw is not None)
+    caches = tuple(owned(positions, sliced.kinds[layer], span.lane.stored(slot)) for slot, layer in enumerate(kept))
+    drawing = tuple(place for place, index in enumerate(live) if rows[index].draw is not None)
     tensors = []
     for bits, tensor in zip(entering, spec.boundary, strict=bool(entering)):
         parts = [bits[begins[index] : begins[index] + tokens] for index in indices]
         tensors.append(from_bits(np.stack(parts), tensor.dtype))
     ids = mx.array([rows[index].tokens for index in indices], mx.int32)
-    outputs = sliced.forward(Piece(ids, tuple(tensors), drawing), sliced.caches(positions, caches))
+    piece = Piece(ids, tuple(tensors), tuple(span.live[place] for place in drawing))
+    outputs = sliced.forward(piece, sliced.caches(positions, caches))
     results = tuple(output.astype(mx.float32) if spec.is_last else as_bits(output) for output in outputs)
-    return _Forward(lane, indices, tokens, drawing, caches, results)
+    return _Forward(span, live, tokens, drawing, tuple(cache.arrays for cache in caches), results)
 
 
 def _compute(loaded: _Loaded, forwards: Sequence[_Forward]) -> None:
     """Evaluate the step, and let its positions count."""
     wanted = [array for forward in forwards if not loaded.spec.is_last or forward.drawing for array in forward.results]
     for forward in forwards:
-        for slot, cache in enumerate(forward.caches):
-            forward.lane.store(slot, *cache.arrays)
-            wanted += cache.arrays
+        for slot, arrays in enumerate(forward.kept):
+            forward.span.lane.store(slot, *arrays)
+            wanted += arrays
     try:
-        snapshots = [loaded.cache.snapshots(forward.lane, forward.tokens) for forward in forwards]
+        snapshots = [loaded.cache.snapshots(forward.span, forward.tokens) for forward in forwards]
         mx.eval(wanted, snapshots)
     except BaseException:
-        # The device failed half-way through writing: what these sequences hold cannot be trusted any more.
+        # The device failed half-way through writing: what these lanes hold cannot be trusted any more.
         for forward in forwards:
-            for seq in forward.lane.live:
+            for seq in forward.span.lane.live:
                 loaded.cache.drop(seq)
         raise
     for forward, left in zip(forwards, snapshots, strict=True):
-        loaded.cache.commit(forward.lane, forward.tokens, left)
+        loaded.cache.commit(forward.span, forward.tokens, left)
 
 
 def _begins(rows: Sequence[Row]) -> list[int]:
@@ -249,8 +252,9 @@ def _boundary(loaded: _Loaded, rows: Sequence[Row], forwards: Sequence[_Forward]
     for place, tensor in enumerate(loaded.spec.boundary):
         packed = new_bits((begins[-1], *tensor.shape), tensor.dtype)
         for forward in forwards:
-            for index, bits in zip(forward.rows, read_bits(forward.results[place]), strict=True):
-                packed[begins[index] : begins[index + 1]] = bits
+            bits = read_bits(forward.results[place])
+            for index, row in zip(forward.rows, forward.span.live, strict=True):
+                packed[begins[index] : begins[index + 1]] = bits[row]
         boundary.append(to_host(packed, tensor.dtype))
     return tuple(boundary)
 

@@ -7,7 +7,7 @@ of the oldest and nothing ever moves. A state is arrays [rows, ...] without slot
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -54,11 +54,11 @@ States = Mapping[int, tuple[mx.array, ...]]
 
 
 class Lane:
-    """A dropped sequence leaves its row empty until the lane is next rebuilt."""
+    """A sequence that leaves leaves its row empty, for another one."""
 
     __slots__ = ("arrays", "capacity", "rows")
 
-    def __init__(self, rows: Sequence[SequenceId], capacity: int, layer_count: int) -> None:
+    def __init__(self, rows: Sequence[SequenceId | None], capacity: int, layer_count: int) -> None:
         self.rows: list[SequenceId | None] = list(rows)
         self.capacity = capacity
         self.arrays: list[tuple[mx.array, ...]] = [()] * layer_count
@@ -90,6 +90,24 @@ class Lane:
         mx.eval(*filled)
         self.store(layer, *filled)
 
+    def take_in(self, layer: int, shape: LayerShape, parts: Mapping[int, Part]) -> None:
+        """Copy what each of these rows is to hold into a filled layer, in place. Not computed yet. Whoever lay there
+        before may have left what is no number, so all of a row is written."""
+        changed = []
+        for place, array in enumerate(self.stored(layer)):
+            copy = mx.array(array)
+            for row, (old, old_row, length) in parts.items():
+                if not old or length == 0:
+                    copy[row] = 0
+                elif isinstance(shape, StateShape):
+                    copy[row] = old[place][old_row]
+                else:
+                    count = min(length, copy.shape[2])
+                    copy[row, :, :count] = old[place][old_row, :, :count]
+                    copy[row, :, count:] = 0
+            changed.append(copy)
+        self.store(layer, *changed)
+
     def copied_state(self, layer: int, row: int) -> tuple[mx.array, ...]:
         """A row's state that outlives the lane. Part of an array would keep all of it in memory."""
         copies = []
@@ -119,3 +137,29 @@ class Lane:
     @property
     def bytes(self) -> int:
         return sum(int(array.nbytes) for arrays in self.arrays for array in arrays)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A run of a lane's rows that compute together. Some of them are empty, or of sequences that are not asked for:
+    these are computed like the others, for nobody, and nothing is written there."""
+
+    lane: Lane
+    first: int
+    seqs: tuple[SequenceId | None, ...]  # of each row; None where it is computed for nobody
+
+    @classmethod
+    def over(cls, lane: Lane, company: Collection[SequenceId]) -> Span:
+        rows = [row for row, seq in enumerate(lane.rows) if seq in company]
+        run = lane.rows[rows[0] : rows[-1] + 1]
+        return cls(lane, rows[0], tuple(seq if seq in company else None for seq in run))
+
+    @property
+    def seated(self) -> list[tuple[int, SequenceId]]:
+        """The lane's row of each sequence."""
+        return [(self.first + place, seq) for place, seq in enumerate(self.seqs) if seq is not None]
+
+    @property
+    def live(self) -> tuple[int, ...]:
+        """The places in the run that are computed for a sequence."""
+        return tuple(place for place, seq in enumerate(self.seqs) if seq is not None)

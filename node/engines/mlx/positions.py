@@ -10,8 +10,10 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import mlx.core as mx
+import numpy as np
 
 from node.engines.mlx.lane import slots_for
 
@@ -26,13 +28,19 @@ class Layout(enum.Enum):
 
 
 class Positions:
-    """Where the rows of one forward are: row r's new tokens lie at [starts[r], starts[r] + tokens), in a lane with room
-    for `capacity` positions."""
+    """Where the rows of one forward are: row r's new tokens lie at [starts[r], starts[r] + tokens), in the row
+    `first` + r of a lane with room for `capacity` positions. Only what the `live` ones bring is written: all of them,
+    if not said otherwise."""
 
-    def __init__(self, starts: Sequence[int], tokens: int, capacity: int) -> None:
+    def __init__(
+        self, starts: Sequence[int], tokens: int, capacity: int, *, first: int = 0, live: Sequence[int] | None = None
+    ) -> None:
         self.starts = tuple(starts)
         self.tokens = tokens
         self.capacity = capacity
+        self.rows = slice(first, first + len(starts))
+        self._live = tuple(range(len(starts))) if live is None else tuple(live)
+        self._written: dict[tuple[int, int], mx.array] = {}
         self.end = max(starts) + tokens
         self.uniform = len(set(starts)) == 1
         self.offset: int | mx.array = starts[0] if self.uniform else mx.array(self.starts, mx.int32)
@@ -92,9 +100,28 @@ class Positions:
         """[rows, 1, tokens]: the position of each new token."""
         return self._starts() + mx.arange(self.tokens, dtype=mx.int32)
 
-    def places(self, slots: int) -> mx.array:
-        """[rows, 1, tokens, 1]: the slot of each new token; of the last ones where they are more than slots."""
-        return (self._new()[..., -slots:] % slots)[..., None]
+    @property
+    def all_live(self) -> bool:
+        return len(self._live) == len(self.starts)
+
+    @cached_property
+    def live(self) -> mx.array:
+        """[rows]: which of them count."""
+        return mx.array([place in self._live for place in range(len(self.starts))])
+
+    def of_live(self, new: mx.array) -> mx.array:
+        """What the live rows bring."""
+        return new if self.all_live else new[mx.array(self._live)]
+
+    def written(self, heads: int, slots: int) -> mx.array:
+        """[live rows * heads * tokens]: where in a layer's [rows, heads, slots] new tokens are written; the last ones
+        where they are more than slots. Known before anything is computed, and the same for many layers."""
+        if (heads, slots) not in self._written:
+            live = np.array(self._live)[:, None, None]
+            new = np.array(self.starts)[live] + np.arange(self.tokens)[-slots:]
+            places = ((self.rows.start + live) * heads + np.arange(heads)[:, None]) * slots + new % slots
+            self._written[heads, slots] = mx.array(places.reshape(-1).astype(np.uint32))
+        return self._written[heads, slots]
 
 
 def _last_in_slots(ends: mx.array, slots: int) -> mx.array:
@@ -155,32 +182,34 @@ class LayerCache(UnownedCache):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Write [rows, heads, tokens, size] at the rows' positions; returns what is to be attended to."""
         positions = self._positions
-        layout = positions.layout(self._window)
+        rows, layout = positions.rows, positions.layout(self._window)
         if layout is Layout.BESIDE:
             visible_keys, visible_values = (
-                mx.concatenate(pair, axis=2) for pair in ([self.keys, keys], [self.values, values])
+                mx.concatenate(pair, axis=2) for pair in ([self.keys[rows], keys], [self.values[rows], values])
             )
         self.keys = self._written(self.keys, keys)
         self.values = self._written(self.values, values)
         match layout:
             case Layout.IN_ORDER:
                 visible = slice(positions.oldest(self._window), positions.end)
-                return self.keys[:, :, visible], self.values[:, :, visible]
+                return self.keys[rows, :, visible], self.values[rows, :, visible]
             case Layout.ROUND:
-                return self.keys, self.values
+                return self.keys[rows], self.values[rows]
             case Layout.BESIDE:
                 return visible_keys, visible_values
             case Layout.NEW:
                 return keys, values
 
     def _written(self, store: mx.array, new: mx.array) -> mx.array:
-        positions, slots = self._positions, store.shape[2]
+        positions = self._positions
+        _, heads, slots, size = store.shape
         start = positions.starts[0] % slots
-        if positions.uniform and start + positions.tokens <= slots:
-            store[:, :, start : start + positions.tokens] = new
+        if positions.uniform and positions.all_live and start + positions.tokens <= slots:
+            store[positions.rows, :, start : start + positions.tokens] = new
             return store
-        new = new[:, :, -slots:]
-        return mx.put_along_axis(store, mx.broadcast_to(positions.places(slots), new.shape), new, axis=2)
+        flat = store.reshape(-1, size)
+        flat[positions.written(heads, slots)] = positions.of_live(new)[:, :, -slots:].reshape(-1, size)
+        return flat.reshape(store.shape)
 
 
 class StateCache:
@@ -211,6 +240,31 @@ class StateCache:
         """Where a row is does not matter to its state."""
 
 
+class SeatedStates(StateCache):
+    """The same for some rows of a lane."""
+
+    def __init__(self, positions: Positions, stored: Sequence[mx.array]) -> None:
+        super().__init__([array[positions.rows] for array in stored])
+        self._positions = positions
+        self._stored = tuple(stored)
+
+    @property
+    def arrays(self) -> tuple[mx.array, ...]:
+        """Of all rows of the lane; where nobody is computed for, as they were."""
+        return tuple(self._merged(stored, new) for stored, new in zip(self._stored, super().arrays, strict=True))
+
+    def _merged(self, stored: mx.array, new: mx.array) -> mx.array:
+        positions = self._positions
+        if not positions.all_live:
+            live = positions.live.reshape(-1, *[1] * (new.ndim - 1))
+            new = mx.where(live, new, stored[positions.rows])
+        if len(positions.starts) == stored.shape[0]:
+            return new
+        merged = mx.array(stored)
+        merged[positions.rows] = new
+        return merged
+
+
 def unowned(positions: Positions, kind: LayerKind) -> UnownedCache | StateCache | None:
     """The cache of a layer of this kind that the stage does not own, or that keeps nothing."""
     if kind.shares:
@@ -221,6 +275,6 @@ def unowned(positions: Positions, kind: LayerKind) -> UnownedCache | StateCache 
 def owned(positions: Positions, kind: LayerKind, stored: Sequence[mx.array]) -> LayerCache | StateCache:
     """The cache of an owned layer, with what the KV memory holds of the forward's rows."""
     if kind.states:
-        return StateCache(stored)
+        return SeatedStates(positions, stored)
     keys, values = stored
     return LayerCache(positions, kind.window, keys, values, kind.in_chunks)
