@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -131,4 +131,18 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free weights and cache; the engine cannot be used afterwards."""
+        ...
+
+
+Finish = Callable[[], Boundary | Logits]
+"""Waits for a step that has begun; raises what went wrong with it."""
+
+
+@runtime_checkable
+class WorksAhead(Protocol):
+    """An engine whose device computes one step while the host prepares the next."""
+
+    def begin(self, rows: Sequence[Row], inputs: Boundary | None) -> Finish:
+        """`step` in two parts. The rows' positions count at once, and raising here is a step that never was. Steps are
+        finished in the order in which they began; verbs wait until all have been."""
         ...

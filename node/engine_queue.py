@@ -48,6 +48,12 @@ class EngineQueue(Generic[_Item, _Result]):
         """Items that have not begun."""
         return len(self._waiting)
 
+    @property
+    def next(self) -> _Item | None:
+        """The item that `work` is given after the one that it has; None when nothing waits."""
+        with self._lock:
+            return self._waiting[0] if self._waiting else None
+
     def put(self, item: _Item) -> None:
         with self._lock:
             if self._closed:

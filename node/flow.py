@@ -23,7 +23,7 @@ from cluster.plan import Fence
 from cluster.transport import ByteStream, ClientStream, Credentials, open_stream
 from node.engine import Capacity
 from node.engine_queue import EngineQueue
-from node.stage import StageRunner
+from node.stage import Begun, StageRunner
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ class StageFlow:
         self._inbox: EngineQueue[_Arrived, Frame | Outcome] = EngineQueue(
             engine_thread, self._compute, self._computed, self.give_up
         )
+        self._begun: Begun | None = None  # with the first frame that waits for the engine; the engine thread's own
         self._outbox: asyncio.Queue[Frame | Outcome] = asyncio.Queue()
         self._next: ClientStream | None = None
         self._results_taken = False
@@ -117,9 +118,16 @@ class StageFlow:
         await self._write_all(stream)
 
     def _compute(self, arrived: _Arrived) -> Frame | Outcome:
-        """On the engine thread."""
+        """On the engine thread: finish this step, having begun with the next one where that need not wait."""
+        begun, self._begun = self._begun or self._begin(arrived), None
+        following = self._inbox.next
+        if following is not None and self._runner.may_begin(following.frame, begun):
+            self._begun = self._begin(following)
+        return self._runner.finish(begun)
+
+    def _begin(self, arrived: _Arrived) -> Begun:
         queue_s = time.perf_counter() - arrived.at_s
-        return self._runner.run(arrived.frame, receive_s=arrived.receive_s, queue_s=queue_s)
+        return self._runner.begin(arrived.frame, receive_s=arrived.receive_s, queue_s=queue_s)
 
     def _computed(self, result: Frame | Outcome) -> None:
         self.steps_done += 1

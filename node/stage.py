@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 
@@ -30,19 +31,29 @@ from cluster.steps import (
     Trim,
 )
 from cluster.types import SequenceId
-from node.engine import Engine, Logits
+from node.engine import Engine, Finish, Logits, WorksAhead
 from node.sampling import draw
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class _Computed:
-    """What became of a step's rows: a boundary, or drawn tokens on the last stage, or a failure."""
+AHEAD_TOKENS_MAX: Final = 64
+"""New tokens of a step that begins before the one ahead of it is finished: decode rows, whose activations are nothing
+beside those of a prefill chunk, for which alone plans have room."""
 
-    tensors: Boundary = ()
-    drawn: tuple[Drawn, ...] = ()
-    failure: StepFailed | None = None
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A frame whose step is under way."""
+
+    frame: Frame
+    honoured: tuple[Honoured, ...]
+    lengths: dict[SequenceId, int]  # of its rows' sequences, before it
+    finish: Finish | None  # None when there is nothing to compute
+    failure: StepFailed | None
+    receive_s: float
+    queue_s: float
+    compute_s: float  # until now
 
 
 class StageRunner:
@@ -52,6 +63,7 @@ class StageRunner:
         self, engine: Engine, *, stage: int, is_last: bool, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self._engine = engine
+        self._works_ahead = isinstance(engine, WorksAhead)
         self._stage = stage
         self._is_last = is_last
         self._clock = clock
@@ -60,20 +72,60 @@ class StageRunner:
 
     def run(self, frame: Frame, *, receive_s: float, queue_s: float) -> Frame | Outcome:
         """Compute `frame`: what the next stage needs, or the outcome when this is the last one."""
+        return self.finish(self.begin(frame, receive_s=receive_s, queue_s=queue_s))
+
+    def begin(self, frame: Frame, *, receive_s: float, queue_s: float) -> Begun:
+        """Let the engine begin with `frame`. What has begun is to be finished, in this order."""
         began = self._clock()
         honoured = tuple(kept for verb in frame.step.verbs if (kept := self._apply(verb)))
         merged = _smallest(frame.honoured, honoured)
-        computed = _Computed(failure=frame.failure)
-        if frame.failure is None and frame.step.rows:
-            computed = self._compute(frame)
+        lengths = {row.seq: self._engine.length(row.seq) for row in frame.step.rows}
+        finish, failure = None, frame.failure
+        if failure is None and frame.step.rows:
+            try:
+                finish = self._begin_rows(frame)
+            # The same boundary as in `finish`.
+            except Exception as error:  # noqa: BLE001 - the reason is there
+                failure = self._failed(frame, lengths, error)
+        return Begun(frame, merged, lengths, finish, failure, receive_s, queue_s, self._clock() - began)
+
+    def may_begin(self, frame: Frame, before: Begun) -> bool:
+        """Whether `frame` may begin while `before` is computed: where nothing that it does, or that may go wrong with
+        either, touches the other."""
+        step = frame.step
+        return (
+            self._works_ahead
+            and not step.verbs
+            and step.token_count <= AHEAD_TOKENS_MAX
+            and before.frame.step.token_count <= AHEAD_TOKENS_MAX
+            and not any(row.seq in before.lengths for row in step.rows)
+        )
+
+    def finish(self, begun: Begun) -> Frame | Outcome:
+        """What the next stage needs, or the outcome when this is the last one."""
+        began = self._clock()
+        frame, failure = begun.frame, begun.failure
+        tensors: Boundary = ()
+        drawn: tuple[Drawn, ...] = ()
+        if begun.finish is not None:
+            try:
+                output = begun.finish()
+                if isinstance(output, np.ndarray):
+                    drawn = self._draw(frame.step.rows, output)
+                else:
+                    tensors = output
+            # Whatever a library raises on these rows must fail these rows and nothing else: this is the boundary
+            # between other people's model code and a process that serves other requests.
+            except Exception as error:  # noqa: BLE001 - the reason is above
+                failure = self._failed(frame, begun.lengths, error)
         self.capacity = self._engine.capacity()
-        mark = StageMark(self._stage, receive_s, queue_s, self._clock() - began)
-        marks = (*frame.marks, mark)
+        compute_s = begun.compute_s + self._clock() - began
+        marks = (*frame.marks, StageMark(self._stage, begun.receive_s, begun.queue_s, compute_s))
         if self._is_last:
-            if computed.failure is not None:
-                return Outcome(frame.fence, replace(computed.failure, honoured=merged))
-            return Outcome(frame.fence, StepDone(frame.step.id, computed.drawn, merged, marks))
-        return replace(frame, tensors=computed.tensors, honoured=merged, marks=marks, failure=computed.failure)
+            if failure is not None:
+                return Outcome(frame.fence, replace(failure, honoured=begun.honoured))
+            return Outcome(frame.fence, StepDone(frame.step.id, drawn, begun.honoured, marks))
+        return replace(frame, tensors=tensors, honoured=begun.honoured, marks=marks, failure=failure)
 
     def _apply(self, verb: CacheVerb) -> Honoured | None:
         match verb:
@@ -94,28 +146,31 @@ class StageRunner:
                 self._tokens[dst] = self._tokens.pop(src, [])[:kept]
                 return Honoured(dst, kept)
 
-    def _compute(self, frame: Frame) -> _Computed:
+    def _begin_rows(self, frame: Frame) -> Finish:
+        rows, inputs = frame.step.rows, frame.tensors or None
+        if isinstance(self._engine, WorksAhead):
+            finish = self._engine.begin(rows, inputs)
+        else:
+            output = self._engine.step(rows, inputs)
+
+            def finish() -> Boundary | Logits:
+                return output
+
+        if self._is_last:  # only who draws needs to know what came before
+            for row in rows:
+                self._tokens.setdefault(row.seq, [])[row.start :] = row.tokens
+        return finish
+
+    def _failed(self, frame: Frame, lengths: Mapping[SequenceId, int], error: Exception) -> StepFailed:
+        if not isinstance(error, PotluckError):
+            _log.error("step %d failed in the engine", frame.step.id, exc_info=error)
+        for seq, length in lengths.items():
+            if self._engine.length(seq) > length:
+                self._engine.trim(seq, length)
         rows = frame.step.rows
-        before = {row.seq: self._engine.length(row.seq) for row in rows}
-        try:
-            output = self._engine.step(rows, frame.tensors or None)
-            if self._is_last:  # only who draws needs to know what came before
-                for row in rows:
-                    self._tokens.setdefault(row.seq, [])[row.start :] = row.tokens
-            if isinstance(output, np.ndarray):
-                return _Computed(drawn=self._draw(rows, output))
-            return _Computed(tensors=output)
-        # Whatever a library raises on these rows must fail these rows and nothing else: this is the boundary
-        # between other people's model code and a process that serves other requests.
-        except Exception as error:  # noqa: BLE001 - the reason is above
-            if not isinstance(error, PotluckError):
-                _log.exception("step %d failed in the engine", frame.step.id)
-            for seq, length in before.items():
-                if self._engine.length(seq) > length:
-                    self._engine.trim(seq, length)
-            blamed = (rows[0].seq,) if len(rows) == 1 else ()
-            reason = str(error) if isinstance(error, PotluckError) else f"{type(error).__name__}: {error}"
-            return _Computed(failure=StepFailed(frame.step.id, self._stage, reason[:500], blamed))
+        blamed = (rows[0].seq,) if len(rows) == 1 else ()
+        reason = str(error) if isinstance(error, PotluckError) else f"{type(error).__name__}: {error}"
+        return StepFailed(frame.step.id, self._stage, reason[:500], blamed)
 
     def _draw(self, rows: Sequence[Row], logits: Logits) -> tuple[Drawn, ...]:
         drawing = [row for row in rows if row.draw is not None]

@@ -25,9 +25,9 @@ _NODE = re.compile(r'label ?= ?"([A-Za-z_]+)", ?shape=rectangle')
 class Counts:
     """Of everything evaluated so far."""
 
-    evaluations: int = 0  # in which the host waits
-    started: int = 0  # in which it does not
-    operations: list[int] = field(default_factory=list)  # of each, in order
+    started: int = 0  # evaluations that the host lets the device begin
+    waits: int = 0  # for the end of them
+    operations: list[int] = field(default_factory=list)  # of each, in order, of both kinds: a wait may find new ones
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def counted(patch: pytest.MonkeyPatch) -> Iterator[Counts]:
     evaluate, begin = mx.eval, mx.async_eval
 
     def waiting(*args: Any) -> None:
-        counts.evaluations += 1
+        counts.waits += 1
         counts.operations.append(operations(args))
         evaluate(*args)
 

@@ -6,8 +6,9 @@ the order of things: check, build, evaluate once, and only then let the new posi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import mlx.core as mx
@@ -18,7 +19,7 @@ from cluster.models.checkpoint import open_checkpoint
 from cluster.rewinding import EXACT, Rewind
 from cluster.steps import Boundary, Row
 from cluster.types import Backend, SequenceId
-from node.engine import Capacity, Logits, Progress, StageSpec
+from node.engine import Capacity, Finish, Logits, Progress, StageSpec
 from node.engines.mlx.arguments import read_arguments
 from node.engines.mlx.cache import KvCache
 from node.engines.mlx.device import nothing_kept, open_device
@@ -49,6 +50,7 @@ class _Loaded:
     sliced: SlicedModel
     cache: KvCache
     weight_bytes: int
+    unfinished: list[list[_Forward]] = field(default_factory=list)  # steps, in the order in which they began
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +60,8 @@ class _Forward:
     span: Span
     rows: tuple[int, ...]  # of the step, in the span's order
     tokens: int
-    drawing: tuple[int, ...]  # of these, by their place
-    kept: tuple[tuple[mx.array, ...], ...]  # what the span's lane is to hold, by owned layer
+    drawing: tuple[int, ...]  # of these, in the step's order
+    kept: list[tuple[mx.array, ...]]  # what the span's lane is to hold, by owned layer, until it does
     results: tuple[mx.array, ...]  # the boundary's bits [rows, tokens, ...]; float32 logits on the last stage
 
 
@@ -110,15 +112,29 @@ class MlxEngine:
         self._loaded = _Loaded(spec, device, sliced, cache, weight_bytes)
 
     def step(self, rows: Sequence[Row], inputs: Boundary | None) -> Boundary | Logits:
+        return self.begin(rows, inputs)()
+
+    def begin(self, rows: Sequence[Row], inputs: Boundary | None) -> Finish:
         loaded = self._require()
-        _check(loaded, rows, inputs)
         with mx.stream(loaded.device):
+            _let_finish(loaded, rows)
+            _check(loaded, rows, inputs)
             try:
                 forwards = _build(loaded, rows, inputs)
-                _compute(loaded, forwards)
+                _begin(loaded, forwards)
             finally:
                 loaded.cache.reconcile()
-            return _logits(loaded, rows, forwards) if loaded.spec.is_last else _boundary(loaded, rows, forwards)
+        loaded.unfinished.append(forwards)
+
+        def finish() -> Boundary | Logits:
+            loaded.unfinished.remove(forwards)
+            with mx.stream(loaded.device):
+                _await(loaded, forwards)
+                if lost := [row.seq for row in rows if loaded.cache.length(row.seq) < row.end]:
+                    raise RuntimeError(f"what sequences {lost} held was lost in another step")
+                return _logits(loaded, rows, forwards) if loaded.spec.is_last else _boundary(loaded, rows, forwards)
+
+        return finish
 
     def fork(self, src: SequenceId, dst: SequenceId, length: int) -> int:
         loaded = self._require()
@@ -208,36 +224,58 @@ def _forward(
     )
     kept = [layer for layer in spec.layers if not sliced.kinds[layer].shares]
     caches = tuple(owned(positions, sliced.kinds[layer], span.lane.stored(slot)) for slot, layer in enumerate(kept))
-    drawing = tuple(place for place, index in enumerate(live) if rows[index].draw is not None)
+    drawing = tuple(sorted(index for index in live if rows[index].draw is not None))
     tensors = []
     for bits, tensor in zip(entering, spec.boundary, strict=bool(entering)):
         parts = [bits[begins[index] : begins[index] + tokens] for index in indices]
         tensors.append(from_bits(np.stack(parts), tensor.dtype))
     ids = mx.array([rows[index].tokens for index in indices], mx.int32)
-    piece = Piece(ids, tuple(tensors), tuple(span.live[place] for place in drawing))
+    piece = Piece(ids, tuple(tensors), tuple(span.live[live.index(index)] for index in drawing))
     outputs = sliced.forward(piece, sliced.caches(positions, caches))
     results = tuple(output.astype(mx.float32) if spec.is_last else as_bits(output) for output in outputs)
-    return _Forward(span, live, tokens, drawing, tuple(cache.arrays for cache in caches), results)
+    return _Forward(span, live, tokens, drawing, [cache.arrays for cache in caches], results)
 
 
-def _compute(loaded: _Loaded, forwards: Sequence[_Forward]) -> None:
-    """Evaluate the step, and let its positions count."""
-    wanted = [array for forward in forwards if not loaded.spec.is_last or forward.drawing for array in forward.results]
+def _let_finish(loaded: _Loaded, rows: Sequence[Row]) -> None:
+    """MLX writes in place only where nothing on the device still reads: so no lane is in two steps at a time."""
+    for forwards in loaded.unfinished:
+        if any(row.seq in forward.span.lane.rows for forward in forwards for row in rows):
+            _await(loaded, forwards)
+
+
+def _begin(loaded: _Loaded, forwards: Sequence[_Forward]) -> None:
+    """Let the device evaluate the step, and its positions count."""
     for forward in forwards:
         for slot, arrays in enumerate(forward.kept):
             forward.span.lane.store(slot, *arrays)
-            wanted += arrays
-    try:
+        forward.kept.clear()  # else nothing could be written in place
+    with _lost_if_it_fails(loaded, forwards):
         snapshots = [loaded.cache.snapshots(forward.span, forward.tokens) for forward in forwards]
-        mx.eval(wanted, snapshots)
+        mx.async_eval([_wanted(loaded, forward) for forward in forwards], snapshots)
+    for forward, left in zip(forwards, snapshots, strict=True):
+        loaded.cache.commit(forward.span, forward.tokens, left)
+
+
+def _await(loaded: _Loaded, forwards: Sequence[_Forward]) -> None:
+    with _lost_if_it_fails(loaded, forwards):
+        mx.eval([_wanted(loaded, forward) for forward in forwards])
+
+
+def _wanted(loaded: _Loaded, forward: _Forward) -> list[object]:
+    """What a step has to leave: no logits where nobody draws."""
+    return [forward.span.lane.arrays, *(forward.results if forward.drawing or not loaded.spec.is_last else ())]
+
+
+@contextmanager
+def _lost_if_it_fails(loaded: _Loaded, forwards: Sequence[_Forward]) -> Iterator[None]:
+    """When the device fails half-way through writing, what these lanes hold cannot be trusted any more."""
+    try:
+        yield
     except BaseException:
-        # The device failed half-way through writing: what these lanes hold cannot be trusted any more.
         for forward in forwards:
             for seq in forward.span.lane.live:
                 loaded.cache.drop(seq)
         raise
-    for forward, left in zip(forwards, snapshots, strict=True):
-        loaded.cache.commit(forward.span, forward.tokens, left)
 
 
 def _begins(rows: Sequence[Row]) -> list[int]:
@@ -260,11 +298,12 @@ def _boundary(loaded: _Loaded, rows: Sequence[Row], forwards: Sequence[_Forward]
 
 
 def _logits(loaded: _Loaded, rows: Sequence[Row], forwards: Sequence[_Forward]) -> Logits:
-    """The forwards' logits in the order of the rows that draw."""
+    """The forwards' logits in the order of the rows that draw; not copied where one forward has them all."""
+    drawing = [forward for forward in forwards if forward.drawing]
+    if len(drawing) == 1:
+        return np.asarray(drawing[0].results[0])
     order = {index: place for place, index in enumerate(i for i, row in enumerate(rows) if row.draw is not None)}
     logits = np.empty((len(order), loaded.sliced.vocab_size), np.float32)
-    for forward in forwards:
-        if forward.drawing:
-            places = [order[forward.rows[place]] for place in forward.drawing]
-            logits[places] = np.asarray(forward.results[0])
+    for forward in drawing:
+        logits[[order[index] for index in forward.drawing]] = np.asarray(forward.results[0])
     return logits
