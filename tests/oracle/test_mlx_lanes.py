@@ -152,6 +152,17 @@ def test_empty_rows_go_before_the_promise_is_broken() -> None:
     assert sum(lane.tokens for lane in lanes.values()) <= 8 * 96
 
 
+def test_who_waits_makes_room_before_a_company_is_parted() -> None:
+    """Ended chats may be kept, in as much memory as is left. Those that go on still compute together."""
+    cache = small_cache(kv_tokens=8 * 96)
+    seqs = grown(cache, *[20] * 6)
+    decoded(cache, *seqs)
+    for _ in range(170):
+        span = decoded(cache, *seqs[3:])
+        waiting = {id(lane): lane for seq in seqs[:3] if (lane := cache.lane_of(seq)) is not span.lane}
+        assert span.lane.tokens + sum(lane.tokens for lane in waiting.values()) <= 8 * 96
+
+
 def test_nothing_is_written_where_a_row_is_computed_for_nobody() -> None:
     cache = small_cache()
     seqs = grown(cache, *range(20, 28))

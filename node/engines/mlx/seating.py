@@ -63,14 +63,13 @@ class Seating:
     def spans_for(self, wanted: Mapping[SequenceId, int]) -> list[Span]:
         """Runs of rows that together hold exactly the wanted sequences, with room for that many more positions of
         each. Sequences that want different numbers are in different lanes."""
-        companies: list[list[SequenceId]] = []
-        for tokens in dict.fromkeys(wanted.values()):
-            for company in self._companies(seq for seq, count in wanted.items() if count == tokens):
-                settled = {seq for earlier in companies for seq in earlier}
-                if not (self._join(company, tokens, settled) or self._move_out(company, tokens)):
-                    self._spread(wanted)
-                    return [Span.over(self._lanes[seq], [seq]) for seq in wanted]
-                companies.append(company)
+        companies = self._settled(wanted)
+        if companies is None and (idle := [seq for seq in self._lanes if seq not in wanted]):
+            self._rebuild([([seq], 1, _rounded(self._length(seq))) for seq in idle], self._all())
+            companies = self._settled(wanted)
+        if companies is None:
+            self._spread(wanted)
+            companies = [[seq] for seq in wanted]
         return [Span.over(self._lanes[company[0]], company) for company in companies]
 
     def copy(self, src: SequenceId, dst: SequenceId, parts: Sequence[Part], length: int) -> None:
@@ -106,6 +105,17 @@ class Seating:
         if self._rows_max is not None and sum(len(lane.rows) for lane in lanes) + rows > self._rows_max:
             return False
         return sum(lane.tokens for lane in lanes) + tokens <= self._kv_tokens
+
+    def _settled(self, wanted: Mapping[SequenceId, int]) -> list[list[SequenceId]] | None:
+        """Those that compute together, each company in a lane of its own; None when these would be too long."""
+        settled: list[list[SequenceId]] = []
+        for tokens in dict.fromkeys(wanted.values()):
+            for company in self._companies(seq for seq, count in wanted.items() if count == tokens):
+                others = {seq for earlier in settled for seq in earlier}
+                if not (self._join(company, tokens, others) or self._move_out(company, tokens)):
+                    return None
+                settled.append(company)
+        return settled
 
     def _companies(self, seqs: Iterable[SequenceId]) -> list[list[SequenceId]]:
         """Sequences of similar length: padding to the longest costs less than another forward would."""
