@@ -18,8 +18,8 @@ from tests.oracle.reference import random_prompt
 Checkpoints = Callable[[str], Path]
 FAMILIES = ("llama", "gemma3", "qwen3_moe", "deepseek_v3", "qwen3_next")
 
-RAGGED_OPERATIONS_MAX = {"llama": 20, "gemma3": 24, "qwen3_moe": 20, "deepseek_v3": 20, "qwen3_next": 20}
-"""By layer, for rows of different lengths: most of them are views, and a mask where one row needs none."""
+RAGGED_OPERATIONS_MAX = 4
+"""By layer, for rows of different lengths: a mask where one row needs none, and where it is made."""
 
 
 def loaded(folder: Path) -> MlxEngine:
@@ -70,7 +70,7 @@ def test_a_decode_step_is_one_evaluation_of_as_much_for_sixteen_sequences_as_for
         found[count], waited_for = counts.operations
         assert waited_for == 0
         layers = engine._require().spec.layer_count
-    assert found[16] == found[8] <= found[1] + RAGGED_OPERATIONS_MAX[family] * layers
+    assert found[16] == found[8] <= found[1] + RAGGED_OPERATIONS_MAX * layers
 
 
 @pytest.mark.parametrize("family", FAMILIES)
