@@ -23,7 +23,7 @@ from coordinator.pacing import Pace
 from coordinator.prefix_cache import PrefixCache
 from coordinator.scheduler import Scheduler, SequenceFailed, TokenDrawn
 from coordinator.sequence import SequenceAsk
-from node.engine import Engine, Logits
+from node.engine import Engine, WorksAhead
 from node.stage import StageRunner
 from tests.oracle.conftest import TOLERANCE
 from tests.oracle.pipelines import load_pipeline, stage_specs
@@ -67,16 +67,17 @@ class Pipeline:
     def _fail(engine: Engine, failing: Sequence[int]) -> None:
         """Let some of the engine's steps fail, counted from 0 among those with several rows: one that fails alone is
         to blame, and is not tried again."""
-        compute, shared = engine.step, 0
+        name, shared = "begin" if isinstance(engine, WorksAhead) else "step", 0
+        compute = getattr(engine, name)
 
-        def step(rows: Sequence[Row], inputs: Boundary | None) -> Boundary | Logits:
+        def step(rows: Sequence[Row], inputs: Boundary | None) -> object:
             nonlocal shared
             shared += len(rows) > 1
             if len(rows) > 1 and shared - 1 in failing:
                 raise MemoryError
             return compute(rows, inputs)
 
-        engine.step = step  # type: ignore[method-assign]
+        setattr(engine, name, step)
 
     def answer(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
         greedy = Sampling(seed=0, temperature=0.0)
