@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import secrets
 import shutil
@@ -117,6 +118,11 @@ class Lan:
             shaper = ["tbf", "rate", f"{mbit_s}mbit", "burst", "64kb", "latency", "50ms"]
             _ip(*tc, "replace", "dev", "eth0", "root", *shaper)
 
+    def sent_bytes(self, name: str) -> int:
+        """What the machine has put on its cable so far, frames and all."""
+        [link] = json.loads(_ip("-n", self._namespace(name), "-statistics", "-json", "link", "show", "eth0"))
+        return int(link["stats64"]["tx"]["bytes"])
+
     def set_link(self, name: str, *, up: bool) -> None:
         """Pull the machine's cable, or plug it in again. The address survives."""
         _ip("-n", self._switch, "link", "set", f"p{self._numbers[name]}", "up" if up else "down")
@@ -163,10 +169,11 @@ def lan(*names: str) -> Iterator[Lan]:
         box.remove()
 
 
-def _ip(*arguments: str) -> None:
+def _ip(*arguments: str) -> str:
     result = subprocess.run(["ip", *arguments], capture_output=True, text=True, timeout=10, check=False)
     if result.returncode != 0:
         raise RuntimeError(f"`ip {' '.join(arguments)}` failed: {result.stderr.strip()}")
+    return result.stdout
 
 
 def _stop(process: subprocess.Popen[Any]) -> None:

@@ -163,7 +163,7 @@ def changed(stated: dict[str, Any], key: str, value: object) -> dict[str, Any]:
     return made if found else made | {key: value}
 
 
-@settings(max_examples=400)
+@settings(max_examples=150)
 @given(st.data())
 def test_odd_settings_are_refused_or_placed(data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(sorted(SETTINGS)))
@@ -173,7 +173,7 @@ def test_odd_settings_are_refused_or_placed(data: st.DataObject) -> None:
     _refused_or_placed(stated, tensors, data.draw(st.sampled_from([None, None, 4, 8])))
 
 
-@settings(max_examples=400)
+@settings(max_examples=150)
 @given(st.data())
 def test_odd_shapes_are_refused_or_placed(data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(sorted(SETTINGS)))
@@ -184,7 +184,7 @@ def test_odd_shapes_are_refused_or_placed(data: st.DataObject) -> None:
     _refused_or_placed(SETTINGS[kind], tensors, None)
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(kind=st.sampled_from(sorted(SETTINGS)), places=st.lists(st.integers(0, 1), max_size=1), factor=EXTENTS)
 def test_matrices_that_are_too_large_in_the_same_way_are_refused_or_placed(
     kind: str, places: list[int], factor: int
