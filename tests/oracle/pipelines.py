@@ -17,10 +17,13 @@ from cluster.models.checkpoint import open_checkpoint
 from cluster.models.facts import read_facts
 from cluster.steps import Boundary, Draw, Row, Sampling
 from cluster.types import LayerRange, SequenceId
-from node.engine import Engine, StageSpec
+from node.engine import Engine, StageSpec, WorksAhead
 from tests.oracle import ledger
 
 Vector = npt.NDArray[np.float32]
+
+Compute = Callable[[Sequence[Row], Boundary | None], object]
+"""An engine's `step` or `begin`."""
 
 GREEDY = Draw(sampling=Sampling(seed=0, temperature=0.0), prompt_tokens=0)
 """Asks a row for logits; these tests draw the largest one themselves."""
@@ -64,6 +67,12 @@ def load_pipeline(makers: Sequence[Callable[[], Engine]], specs: Sequence[StageS
         ledger.loaded(engine, spec)
         engines.append(engine)
     return engines
+
+
+def wrap_steps(engine: Engine, wrap: Callable[[Compute], Compute]) -> None:
+    """Put something around the engine's steps, by whichever method a stage asks for them."""
+    name = "begin" if isinstance(engine, WorksAhead) else "step"
+    setattr(engine, name, wrap(getattr(engine, name)))
 
 
 def run_step(engines: Sequence[Engine], rows: Sequence[Row]) -> npt.NDArray[np.float32]:

@@ -28,9 +28,9 @@ from coordinator.pipeline import Pipeline, TimedOutcome
 from coordinator.service import InferenceService
 from coordinator.serving import Serving
 from coordinator.text.model import load_text_model
-from node.engine import Engine, Logits
+from node.engine import Engine
 from node.stage import StageRunner
-from tests.oracle.pipelines import load_pipeline, stage_specs
+from tests.oracle.pipelines import Compute, load_pipeline, stage_specs, wrap_steps
 
 FENCE = Fence(DeploymentId("d"), Epoch(1))
 CONTEXT, USERS = 512, 4
@@ -43,7 +43,7 @@ class LocalPipeline:
         self.computed: list[tuple[SequenceId, int]] = []  # rows of the first stage: whose, and how many tokens
         self.kv_bytes: list[int] = []  # on the first stage, after each step
         self.engines = engines
-        self._count(engines[0])
+        wrap_steps(engines[0], self._counted)
         self.stages = [
             StageRunner(engine, stage=index, is_last=engine is engines[-1]) for index, engine in enumerate(engines)
         ]
@@ -51,14 +51,12 @@ class LocalPipeline:
         self._under_way = 0
         self.idle = asyncio.Event()
 
-    def _count(self, engine: Engine) -> None:
-        compute = engine.step
-
-        def step(rows: Sequence[Row], inputs: Boundary | None) -> Boundary | Logits:
+    def _counted(self, compute: Compute) -> Compute:
+        def step(rows: Sequence[Row], inputs: Boundary | None) -> object:
             self.computed += [(row.seq, len(row.tokens)) for row in rows]
             return compute(rows, inputs)
 
-        engine.step = step  # type: ignore[method-assign]
+        return step
 
     @property
     def tokens_computed(self) -> int:

@@ -23,10 +23,9 @@ from coordinator.pacing import Pace
 from coordinator.prefix_cache import PrefixCache
 from coordinator.scheduler import Scheduler, SequenceFailed, TokenDrawn
 from coordinator.sequence import SequenceAsk
-from node.engine import Engine, WorksAhead
 from node.stage import StageRunner
 from tests.oracle.conftest import TOLERANCE
-from tests.oracle.pipelines import load_pipeline, stage_specs
+from tests.oracle.pipelines import Compute, load_pipeline, stage_specs, wrap_steps
 from tests.oracle.reference import Reference, WholeModel, decisive_reference
 from tests.oracle.test_mixed import MLX_TORCH, TORCH_MLX, Makers
 
@@ -56,7 +55,7 @@ class Pipeline:
     def __init__(self, makers: Makers, folder: Path, budget: int, failing: Sequence[int]) -> None:
         specs = stage_specs(folder, (3,), kv_tokens=4 * CONTEXT, context_tokens=CONTEXT)
         engines = load_pipeline(makers, specs)
-        self._fail(engines[1], failing)
+        wrap_steps(engines[1], lambda compute: self._failing(compute, failing))
         self.stages = [StageRunner(engine, stage=i, is_last=i == 1) for i, engine in enumerate(engines)]
         room = Room(2, 4 * CONTEXT, CONTEXT)
         prefixes = PrefixCache(room, enabled=False)
@@ -64,11 +63,10 @@ class Pipeline:
         self.kept: list[int] = []  # by every trim, on the stage that kept the least
 
     @staticmethod
-    def _fail(engine: Engine, failing: Sequence[int]) -> None:
-        """Let some of the engine's steps fail, counted from 0 among those with several rows: one that fails alone is
-        to blame, and is not tried again."""
-        name, shared = "begin" if isinstance(engine, WorksAhead) else "step", 0
-        compute = getattr(engine, name)
+    def _failing(compute: Compute, failing: Sequence[int]) -> Compute:
+        """Some of the engine's steps fail, counted from 0 among those with several rows: one that fails alone is to
+        blame, and is not tried again."""
+        shared = 0
 
         def step(rows: Sequence[Row], inputs: Boundary | None) -> object:
             nonlocal shared
@@ -77,7 +75,7 @@ class Pipeline:
                 raise MemoryError
             return compute(rows, inputs)
 
-        setattr(engine, name, step)
+        return step
 
     def answer(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
         greedy = Sampling(seed=0, temperature=0.0)
