@@ -70,7 +70,7 @@ def main() -> int:
     effort = QUICK if options.quick else FULL
     used = ", ".join(map(str, cores.client_cores()))
     with Beside() as beside:
-        table = Table(options.write, machine(), used, beside, options.quick)
+        table = Table(options.write, machine(peers=options.peers), used, beside, options.quick)
         for index, name in enumerate(options.forms):
             measured = set(TARGETS) if index == 0 else ONLY.get(FORMS[name], EVERY_FORM)
             if wanted := sorted(options.only & measured):

@@ -15,13 +15,14 @@ from statistics import fmean
 import psutil
 
 from cluster.quantities import format_bytes
+from tests.bench.peers.build import VERSION
 
 _PACKAGES = ("torch", "transformers", "numpy", "grpcio", "uvicorn", "uvloop")
 _ROOT = Path(__file__).parents[2]
 _SAMPLE_S = 5.0
 
 
-def machine() -> Mapping[str, str]:
+def machine(*, peers: bool) -> Mapping[str, str]:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES if _installed(name))
     return {
         "date": date.today().isoformat(),
@@ -29,7 +30,7 @@ def machine() -> Mapping[str, str]:
         "processor": f"{_processor()}, {os.cpu_count()} cores",
         "memory": format_bytes(psutil.virtual_memory().total),
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
-        "versions": versions,
+        "versions": versions + (f"; llama.cpp of llama-cpp-python {VERSION}" if peers else ""),
     }
 
 

@@ -25,6 +25,14 @@ _METHOD = """## Method
 - **The ceiling** is what stage passes and hops, measured alone, allow: the plan's own slices, each loaded by itself on
   one core, decoding at the load's mean context; for loads that keep all stages busy, with every stage computing at the
   same time. The ceiling of a row knows no scheduler, no HTTP and no tokenizer.
+- **A hop** is one message from process to process: a token takes one into every stage and one back to the coordinator.
+  Alone, it is half of a round trip of as many bytes over the same kind of stream, with nothing at its ends.
+- **Links** are emulated by one process that carries frames of at most 9,000 bytes between two TAP devices, in order: so
+  many bytes a second, so much later, and on the Wi-Fi some later still, which holds up those behind them. The ceiling
+  counts a hop over the same emulation, measured alone, so what the emulator itself costs is in both.
+- **llama.cpp** is built from the sources inside `llama-cpp-python`, whose own server answers one request at a time;
+  llama.cpp's server batches. Its RPC arm has a worker with one thread on each node's core and half of the layers in
+  each; "4 bits" is its Q4_0 of the same weights. Its server shares the coordinators' cores.
 - **The verdict** compares the value with the target; where it misses, it says by how much the value would have to
   change. A row without a target explains others.
 """
@@ -57,7 +65,7 @@ def _summary(sections: Sequence[Section]) -> str:
     measured = [row for row in promised if row.value is not None]
     held = sum(row.verdict == "holds" for row in measured)
     missing = sum(row.value is None for section in sections for row in section.rows)
-    return f"{held} of {len(measured)} measured targets hold; {missing} rows could not be measured here.\n"
+    return f"{held} of {len(measured)} measured targets hold; rows that could not be measured here: {missing}.\n"
 
 
 def _line(row: Row) -> str:
