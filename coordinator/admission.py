@@ -40,10 +40,10 @@ class Admission:
     """The waiting and the running sequences of one installed plan. Where a method returns sequences, these were thrown
     out: they wait again, and their caches are to be dropped."""
 
-    def __init__(self, room: Room) -> None:
+    def __init__(self, room: Room, promises: Promises) -> None:
         self._room = room
         self._queue = Queue()
-        self._promises = Promises()
+        self._promises = promises
         self._reserved = 0
         self.running: dict[SequenceId, SequenceState] = {}
         self.restarts = 0  # how often a sequence was thrown out

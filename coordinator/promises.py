@@ -26,7 +26,8 @@ QUANTILE: Final = 0.8
 class Promises:
     """The lengths of answers that could have gone on until the context was full."""
 
-    def __init__(self) -> None:
+    def __init__(self, first_tokens: int = ANSWER_TOKENS_FIRST) -> None:
+        self._first_tokens = first_tokens
         self._lengths: deque[int] = deque(maxlen=ANSWERS_KEPT)
 
     def note(self, state: SequenceState) -> None:
@@ -37,7 +38,7 @@ class Promises:
     @property
     def answer_tokens(self) -> int:
         if len(self._lengths) < ANSWERS_BELIEVED:
-            return ANSWER_TOKENS_FIRST
+            return self._first_tokens
         return sorted(self._lengths)[int(QUANTILE * len(self._lengths))]
 
     def tokens_for(self, state: SequenceState) -> int:

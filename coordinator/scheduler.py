@@ -18,6 +18,7 @@ from coordinator.deadlines import Limit, Times
 from coordinator.lanes import Lane, Turns
 from coordinator.pacing import Pace
 from coordinator.prefix_cache import PrefixCache, PrefixStatus
+from coordinator.promises import Promises
 from coordinator.sequence import EndReason, SequenceAsk, SequenceState
 
 
@@ -79,10 +80,11 @@ class Scheduler:
         budget_tokens: int = STEP_TOKENS_MAX,
         pace: Pace | None = None,
         prefixes: PrefixCache | None = None,
+        promises: Promises | None = None,
     ) -> None:
         self._room = room
         self._budget = budget_tokens
-        self._admission = Admission(room)
+        self._admission = Admission(room, promises or Promises())
         self._prefixes = prefixes or PrefixCache(room)
         self._turns = Turns()  # of prompts to be computed
         self._pace = pace or Pace(room.stages)

@@ -21,6 +21,7 @@ from coordinator.admission import Room
 from coordinator.deadlines import Deadlines, Limit
 from coordinator.lanes import Lane
 from coordinator.prefix_cache import PrefixCache
+from coordinator.promises import Promises
 from coordinator.scheduler import Scheduler
 from coordinator.sequence import SequenceAsk
 from tests.simulation.stages import END, Costs, Stages
@@ -35,8 +36,13 @@ def simulate(seed: int) -> list[Life]:
     room = Room(rng.randint(1, 4), kv_tokens=rng.randint(60, 200), context_tokens=60, sequences=rng.choice([1, 3, 256]))
     costs = Costs(rng.uniform(0.001, 0.05), rng.uniform(0.0, 0.01))
     is_troubled = rng.random() < 0.5
-    stages = Stages(room, costs, rng, failing=0.02 * is_troubled, forgetful=0.2 * is_troubled, jitter=rng.random())
-    scheduler = Scheduler(room, budget_tokens=rng.choice([1, 7, 24, 2048]), prefixes=PrefixCache(room, enabled=False))
+    stages = Stages(room, costs, rng, failing=0.04 * is_troubled, forgetful=0.2 * is_troubled, jitter=rng.random())
+    scheduler = Scheduler(
+        room,
+        budget_tokens=rng.choice([1, 7, 24, 2048]),
+        prefixes=PrefixCache(room, enabled=False),
+        promises=Promises(first_tokens=rng.choice([1, 3, 10, 60])),
+    )
     world = World(scheduler, stages, [_arrival(rng, number, room) for number in range(rng.randint(1, 12))])
     return list(world.run().values())
 
@@ -84,6 +90,7 @@ def test_every_request_ends_once_as_it_would_alone_and_nothing_is_left(seeds: ra
 @given(
     stages=st.integers(1, 4),
     kv_tokens=st.integers(30, 90),
+    promised=st.integers(1, 30),
     requests=st.lists(
         st.tuples(st.integers(1, 20), st.booleans(), st.sampled_from(Lane), st.sampled_from("abc"), st.integers(0, 20)),
         min_size=1,
@@ -92,7 +99,7 @@ def test_every_request_ends_once_as_it_would_alone_and_nothing_is_left(seeds: ra
 )
 @settings(max_examples=300, deadline=None)
 def test_whatever_is_asked_comes_to_its_end(
-    stages: int, kv_tokens: int, requests: list[tuple[int, bool, Lane, str, int]]
+    stages: int, kv_tokens: int, promised: int, requests: list[tuple[int, bool, Lane, str, int]]
 ) -> None:
     """Nothing fails here and nobody leaves, so all end with their whole answer. Failures come out small."""
     room = Room(stages, kv_tokens, context_tokens=30)
@@ -111,7 +118,6 @@ def test_whatever_is_asked_comes_to_its_end(
         )
         for number, (prompt, is_open, lane, client, at) in enumerate(requests)
     ]
-    world = World(
-        Scheduler(room, prefixes=PrefixCache(room, enabled=False)), Stages(room, Costs(), random.Random(0)), arrivals
-    )
+    scheduler = Scheduler(room, prefixes=PrefixCache(room, enabled=False), promises=Promises(first_tokens=promised))
+    world = World(scheduler, Stages(room, Costs(), random.Random(0)), arrivals)
     assert {life.end for life in world.run().values()} == {"length"}

@@ -8,9 +8,12 @@ from cluster.errors import AtCapacity, RequestError
 from cluster.limits import BATCH_PATIENCE_S, QUEUED_PROMPT_TOKENS_MAX, QUEUED_REQUESTS_MAX
 from cluster.steps import CacheVerb, Drop
 from cluster.types import SequenceId
+from coordinator.admission import Admission, Room
+from coordinator.deadlines import Times
 from coordinator.lanes import Lane
-from coordinator.promises import ANSWER_TOKENS_FIRST, ANSWERS_BELIEVED
+from coordinator.promises import ANSWER_TOKENS_FIRST, ANSWERS_BELIEVED, Promises
 from coordinator.scheduler import Scheduler
+from coordinator.sequence import SequenceState
 from tests.unit.test_scheduler import END, NOW, ask, done, scheduler, step_of
 
 
@@ -183,3 +186,45 @@ def test_who_is_turned_away_hears_when_there_will_be_room_at_the_rate_of_late() 
 def test_more_than_all_the_cache_is_refused_at_once() -> None:
     with pytest.raises(RequestError, match="exceed"):
         scheduler(kv_tokens=100).submit([ask(1, prompt=90, max_tokens=11)], NOW)
+
+
+def crowded() -> tuple[Admission, SequenceState, SequenceState]:
+    """Two sequences of 3 prompt tokens, promised 40 more each, where 100 tokens have room; and a third one waits."""
+    admission = Admission(Room(1, 100, 100), Promises(first_tokens=40))
+    states = [
+        SequenceState(ask(number, max_tokens=90, open_ended=number < 2), number, Times(NOW)) for number in range(3)
+    ]
+    for state in states:
+        admission.submit(state)
+    assert admission.admit(NOW) == []
+    assert (len(admission.running), admission.waiting) == (2, 1)
+    return admission, states[0], states[1]
+
+
+def test_who_outgrows_its_promise_takes_room_from_juniors_only() -> None:
+    admission, old, young = crowded()
+    young.tokens += [50] * 60
+    assert admission.admit(NOW) == []
+    assert not young.has_room
+    old.tokens += [50] * 60
+    assert admission.admit(NOW) == [young]
+    assert old.has_room
+
+
+def test_nobody_comes_in_while_somebody_waits_for_room_to_go_on() -> None:
+    admission, _, young = crowded()
+    young.tokens += [50] * 60
+    newcomer = SequenceState(ask(9, prompt=1, max_tokens=1, client="other"), 9, Times(NOW))
+    admission.submit(newcomer)
+    admission.admit(NOW)
+    assert newcomer.ask.seq not in admission.running
+
+
+def test_who_is_being_cut_back_is_not_thrown_out_before_that_is_done() -> None:
+    """What its trim kept would otherwise be believed of the cache that it fills again."""
+    admission, old, young = crowded()
+    old.tokens += [50] * 60
+    young.trimming_to = 1
+    assert admission.admit(NOW) == []
+    young.cut_to(1)
+    assert admission.admit(NOW) == [young]
