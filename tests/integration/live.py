@@ -94,6 +94,13 @@ class Coordinator:
     def status(self) -> Any:
         return self.get("/potluck/status").json()
 
+    def is_free(self) -> bool:
+        """Nobody has room in the caches, and every stage holds what is retained and nothing else."""
+        status = self.status()
+        load, used = status["load"], {node["kv_tokens_used"] for node in status["nodes"] if node["stage"] is not None}
+        nobody = (load["waiting"], load["running"], load["kv_tokens_reserved"]) == (0, 0, 0)
+        return nobody and used == {load["prefix_cache"]["retained_tokens"]}
+
     def post(self, path: str, body: Mapping[str, object]) -> httpx.Response:
         return httpx.post(self.url + path, json=body, timeout=120.0)
 

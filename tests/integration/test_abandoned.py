@@ -28,24 +28,16 @@ def _ask_for(answer_tokens: int, served: Served, **fields: object) -> dict[str, 
     return {"prompt": prompt, "max_tokens": answer_tokens, "temperature": 0, "ignore_eos": True, **fields}
 
 
-def _is_free(mixed: Coordinator) -> bool:
-    status = mixed.status()
-    load, nodes = status["load"], status["nodes"]
-    used = {node["kv_tokens_used"] for node in nodes}
-    nobody = (load["waiting"], load["running"], load["kv_tokens_reserved"]) == (0, 0, 0)
-    return nobody and used == {load["prefix_cache"]["retained_tokens"]}
-
-
 def _is_busy(mixed: Coordinator) -> bool:
     return all(node["kv_tokens_used"] > 0 for node in mixed.status()["nodes"])
 
 
 def test_a_stream_that_is_closed_frees_the_cache_on_every_stage(mixed: Coordinator, served: Served) -> None:
-    eventually(lambda: _is_free(mixed), "nothing is in the cache before")
+    eventually(mixed.is_free, "nothing is in the cache before")
     with httpx.stream("POST", f"{mixed.url}/v1/completions", json=_ask_for(900, served, stream=True)) as response:
         lines = response.iter_lines()
         eventually(lambda: next(lines).startswith("data: ") and _is_busy(mixed), "every stage holds the sequence")
-    eventually(lambda: _is_free(mixed), "the cache is free again", FREED_S)
+    eventually(mixed.is_free, "the cache is free again", FREED_S)
 
 
 @pytest.mark.parametrize(("prompt_tokens", "patience_s"), [(40, 0.5), (900, 0.02), (900, 0.2)])
@@ -56,7 +48,7 @@ def test_a_client_that_goes_away_before_its_answer_frees_the_cache(
     body = {"prompt": [5] * prompt_tokens, "max_tokens": CONTEXT - prompt_tokens, "ignore_eos": True}
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{mixed.url}/v1/completions", json=body, timeout=httpx.Timeout(60, read=patience_s))
-    eventually(lambda: _is_free(mixed), "the cache is free again", FREED_S)
+    eventually(mixed.is_free, "the cache is free again", FREED_S)
 
 
 def test_a_client_that_goes_away_from_the_queue_leaves_it(mixed: Coordinator, served: Served) -> None:
@@ -90,4 +82,4 @@ def test_a_client_that_goes_away_from_the_queue_leaves_it(mixed: Coordinator, se
         leave.set()
         for each in asking:
             each.result(60)
-    eventually(lambda: _is_free(mixed), "the cache is free again")
+    eventually(mixed.is_free, "the cache is free again")

@@ -80,11 +80,6 @@ def _lines(response: httpx.Response) -> list[Any]:
     return [event if event == "[DONE]" else json.loads(event) for event in events]
 
 
-def _is_free(narrow: Coordinator) -> bool:
-    status = narrow.status()
-    return not any(node["kv_tokens_used"] for node in status["nodes"]) and status["load"]["kv_tokens_reserved"] == 0
-
-
 LONG = {"prompt": [5] * 10, "max_tokens": CONTEXT - 10, "ignore_eos": True}
 
 
@@ -94,7 +89,7 @@ def test_a_timeout_ends_an_answer_that_is_not_streamed_with_408(narrow: Coordina
     assert response.headers["x-should-retry"] == "false"
     error = response.json()["error"]
     assert (error["code"], error["param"]) == ("total_timeout", "timeout")
-    eventually(lambda: _is_free(narrow), "its room is free again")
+    eventually(narrow.is_free, "its room is free again")
 
 
 def test_a_timeout_in_a_stream_is_an_event_and_no_done_follows(narrow: Coordinator) -> None:
@@ -104,7 +99,7 @@ def test_a_timeout_in_a_stream_is_an_event_and_no_done_follows(narrow: Coordinat
     events = _lines(narrow.post("/v1/completions", {**LONG, "timeout": timeout_s, "stream": True}))
     assert events[-1]["error"]["code"] == "total_timeout"
     assert "choices" in events[0]
-    eventually(lambda: _is_free(narrow), "its room is free again")
+    eventually(narrow.is_free, "its room is free again")
 
 
 def test_who_waits_too_long_for_room_is_told_so(served: Served, pool: Pool) -> None:
