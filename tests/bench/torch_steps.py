@@ -52,8 +52,10 @@ def milliseconds(call: Load, times: int) -> tuple[float, float]:
 def engine_loads(engine: TorchEngine) -> Iterator[tuple[str, Load, int]]:
     """Name, one step, and how often to time it. Decode steps are at contexts from 100 on."""
     lengths = dict.fromkeys(range(CROWD), 100)
-    for seq in lengths:
-        engine.step([row(seq, 0, range(1000, 1100), draw=False)], None)
+    first, *others = (row(seq, 0, range(1000, 1100), draw=False) for seq in lengths)
+    engine.step([first], None)
+    for other in others:
+        engine.fork(first.seq, other.seq, 100)
 
     def decode(rows: int) -> None:
         engine.step([row(seq, lengths[seq], (1000 + seq,)) for seq in range(rows)], None)
