@@ -26,12 +26,18 @@ Shown = Mapping[str, object]
 
 HEAD = """# Models that run, as the tests showed it
 
-Made by `make docs` from what the tests in `tests/oracle` showed; nothing here was written by hand, and nothing is
-here that no passing test showed. Each entry is a pipeline of one to three stages, from a tiny random checkpoint of the
-family as `save_pretrained` or the format's own tools write it. Its greedy text of 32 tokens and more was the text of
-the whole model in one process, and no logit (they are about ten wide) differed by more than the tolerance. The library
-after the tolerance is the one that ran the whole model; of a packed checkpoint, with the same packed weights or with
-what they unpack to. Where MLX stands alone it is mostly held to `mlx-lm`'s own numbers, which is stricter.
+Made by `make docs` from what the tests in `tests/oracle` showed; nothing below this text was written by hand, and
+nothing is there that no passing test showed. Each entry is a pipeline of one to three stages, from a tiny random
+checkpoint of the family: as `save_pretrained` or `mlx_lm.convert` writes it, or, in formats whose own tools Potluck
+does without (AWQ, GPTQ, compressed-tensors, FP8, GGUF, gpt-oss as published), written by the format's definition. Its
+greedy text of 32 tokens and more was the text of the whole model in one process, and no logit (they are about ten wide)
+differed by more than the tolerance. The library after the tolerance is the one that ran the whole model; of a packed
+checkpoint, with the same packed weights or with what they unpack to. Where MLX stands alone it is mostly held to
+`mlx-lm`'s own numbers, which is stricter.
+
+Activations, and what scales GGUF's codes, were float32 unless the row says otherwise: in 16 bits tolerances are too
+wide to tell a wrong model by its text (`potluck verify` compares layer by layer there). Refused by name at load:
+longrope beyond the context that the model was first made for, and MLX's mxfp8 and nvfp4 on torch.
 
 A dash: no test shows it. *refused*: the engine does not load such a model, and says why.
 

@@ -35,6 +35,9 @@ FAMILIES = ("llama", "gemma3", "qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_nex
 MORE = ("gemma4", "gemma4_small", "qwen3_5_moe", "llama4")
 """Packed tables of layers' own inputs, and stacks of experts under two more names."""
 
+PLAIN = ("qwen2", "qwen3", "mistral", "ministral3", "gemma2", "olmo2", "olmo3", "glm4")
+"""Nothing about them is new to packing; each is a folder that people have."""
+
 Made = Callable[..., tuple[Path, Path]]
 Answers = Callable[..., Reference]
 
@@ -44,11 +47,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A converted checkpoint, and the same numbers as transformers stores them."""
 
     @cache
-    def make(family: str, bits: int | None = 4, mode: str = "affine", **others: object) -> tuple[Path, Path]:
+    def make(
+        family: str, bits: int | None = 4, mode: str = "affine", group: int = 32, **others: object
+    ) -> tuple[Path, Path]:
         folder = tmp_path_factory.mktemp(family)
-        settings = {**AS_MLX_LM_COMPUTES_THEM.get(family, {}), **others}
+        wide = {"hidden_size": 2 * group} if group > 32 else {}  # groups have to divide it
+        settings = {**AS_MLX_LM_COMPUTES_THEM.get(family, {}), **wide, **others}
         plain = make_checkpoint(family, folder / "plain", **settings)
-        packed = convert(plain, folder / "packed", bits=bits, mode=mode)
+        packed = convert(plain, folder / "packed", bits=bits, group=group, mode=mode)
         return packed, unconverted(packed, folder / "unpacked")
 
     return make
@@ -59,8 +65,10 @@ def answer(made: Made) -> Answers:
     """A decisive continuation by transformers of the same numbers in full precision."""
 
     @cache
-    def make(family: str, prompt_tokens: int = 40, bits: int | None = 4, mode: str = "affine") -> Reference:
-        whole = WholeModel(made(family, bits, mode)[1])
+    def make(
+        family: str, prompt_tokens: int = 40, bits: int | None = 4, mode: str = "affine", group: int = 32
+    ) -> Reference:
+        whole = WholeModel(made(family, bits, mode, group)[1])
         return decisive_reference(whole, prompt_tokens=prompt_tokens, count=LAST_TOKENS, tolerance=TOLERANCE)
 
     return make
@@ -81,7 +89,7 @@ def test_a_packed_checkpoint_equals_transformers_on_the_unpacked_weights(
 @pytest.mark.parametrize(
     ("family", "makers"),
     [
-        *((family, (TorchEngine, MlxEngine)) for family in FAMILIES + MORE),
+        *((family, (TorchEngine, MlxEngine)) for family in FAMILIES + MORE + PLAIN),
         *((family, (MlxEngine, TorchEngine)) for family in ("gemma3", "qwen3_moe")),
     ],
 )
@@ -90,6 +98,28 @@ def test_the_same_packed_file_runs_on_both_engines_together(
 ) -> None:
     expected = answer(family)
     engines = load_pipeline(makers, stage_specs(made(family)[0], (3,)))
+    assert_same(*greedy(engines, expected.prompt, len(expected.ids)), expected, tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize("makers", [(TorchEngine,), (MlxEngine,), (TorchEngine, MlxEngine)])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt_oss"])
+def test_four_bit_floats_run_on_both_engines(
+    family: str, makers: tuple[type, ...], made: Made, answer: Answers
+) -> None:
+    expected = answer(family, mode="mxfp4")
+    engines = load_pipeline(makers, stage_specs(made(family, 4, "mxfp4")[0], (3,) * (len(makers) - 1)))
+    assert_same(*greedy(engines, expected.prompt, len(expected.ids)), expected, tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize("makers", [(TorchEngine,), (MlxEngine,), (TorchEngine, MlxEngine)])
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_widths_and_groups_that_people_use_run_on_both_engines(
+    bits: int, group: int, makers: tuple[type, ...], made: Made, answer: Answers
+) -> None:
+    expected = answer("llama", bits=bits, group=group)
+    packed, _ = made("llama", bits, "affine", group)
+    engines = load_pipeline(makers, stage_specs(packed, (3,) * (len(makers) - 1)))
     assert_same(*greedy(engines, expected.prompt, len(expected.ids)), expected, tolerance=TOLERANCE)
 
 

@@ -82,7 +82,7 @@ def test_every_family_is_shown_in_full_precision_on_each_of_its_engines_and_mixe
 
 
 @pytest.mark.parametrize(
-    "method", ["MLX affine", "AWQ", "GPTQ", "FP8", "compressed-tensors", "mxfp4 as", "GGUF", "4-bit, made"]
+    "method", ["MLX affine", "MLX mxfp4", "AWQ", "GPTQ", "FP8", "compressed-tensors", "mxfp4 as", "GGUF", "4-bit, made"]
 )
 def test_every_kind_of_format_is_shown_on_both_engines_and_mixed(method: str) -> None:
     kinds = {frozenset(entry["engines"]) for entry in ALL_SHOWN if entry["format"].startswith(method)}
