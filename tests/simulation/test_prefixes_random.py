@@ -21,6 +21,7 @@ from cluster.types import SequenceId
 from coordinator.admission import Room
 from coordinator.lanes import Lane
 from coordinator.prefix_cache import PrefixCache
+from coordinator.promises import Promises
 from coordinator.scheduler import PrefixCached, Scheduler, SequenceEnded, SequenceFailed, TokenDrawn
 from coordinator.sequence import SequenceAsk
 
@@ -151,7 +152,8 @@ def simulate(seed: int, *, trouble: float, enabled: bool = True) -> Seen:
     prefixes = PrefixCache(
         room, enabled=enabled, shared_tokens_min=rng.randint(1, 6), awaited_tokens_min=rng.randint(1, 9)
     )
-    scheduler = Scheduler(room, budget_tokens=rng.randint(1, 24), prefixes=prefixes)
+    promises = Promises(first_tokens=rng.choice([1, 3, 10, 60]))
+    scheduler = Scheduler(room, budget_tokens=rng.randint(1, 24), prefixes=prefixes, promises=promises)
     stages = Stages(random.Random(seed), room, trouble)
     known: list[Tokens] = [()]  # conversations that further prompts go on from, even where they have not ended yet
     asks: dict[SequenceId, SequenceAsk] = {}
