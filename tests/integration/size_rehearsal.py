@@ -23,6 +23,7 @@ from typing import Any
 from cluster.quantities import GIB, format_bytes
 from cluster.types import DType
 from tests.checkpoints import write_tokenizer
+from tests.integration.control_groups import limited_group
 from tests.integration.live import Coordinator, joined, new_cluster, serving
 from tests.safetensors_files import Tensors, file_of, header_of
 
@@ -34,8 +35,6 @@ START_S = 1800.0
 LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, VOCABULARY = 32, 4096, 14336, 32, 8, 128_256
 HEAD = HIDDEN // HEADS
 BITS, GROUP = 4, 64
-
-_V1, _V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +63,7 @@ def rehearse(rehearsal: Rehearsal) -> int:
         began_s = time.monotonic()
         for number in range(rehearsal.nodes):
             name = f"node-{number}"
-            procs = stack.enter_context(limited_group()) / "cgroup.procs"
+            procs = _group(stack) / "cgroup.procs"
             enter = f"echo $$ > '{procs}' && mount --bind '{_machine_id(folder / f'{name}.id')}' /etc/machine-id"
             prefix = ("unshare", "--mount", "--propagation", "private", "sh", "-c", f'{enter} && exec "$@"', "sh")
             options = {"memory": "7GiB", "prefix": prefix}
@@ -85,6 +84,13 @@ def rehearse(rehearsal: Rehearsal) -> int:
         whole = len(answer["token_ids"]) == TOKENS
         within = [_show(stage, pids[stage["node"]]) for stage in coordinator.status()["plan"]["stages"]]
         return 0 if whole and all(within) else 1
+
+
+def _group(stack: contextlib.ExitStack) -> Path:
+    try:
+        return stack.enter_context(limited_group(LIMIT_BYTES))
+    except OSError as error:
+        raise SystemExit(f"no control group can be made ({error}); is its controller on?") from error
 
 
 def _wait_ready(coordinator: Coordinator, began_s: float) -> None:
@@ -120,24 +126,6 @@ def _show(stage: dict[str, Any], pid: int) -> bool:
     )
     sys.stdout.flush()
     return peak <= LIMIT_BYTES
-
-
-@contextlib.contextmanager
-def limited_group() -> Iterator[Path]:
-    """A control group limited to 7 GiB, removed by name afterwards."""
-    parent, file = (_V1, "memory.limit_in_bytes") if (_V1 / "memory.limit_in_bytes").exists() else (_V2, "memory.max")
-    group = parent / f"potluck-{secrets.token_hex(4)}"
-    try:
-        group.mkdir()
-        (group / file).write_text(str(LIMIT_BYTES))
-    except OSError as error:
-        raise SystemExit(
-            f"no control group can be made in {parent} ({error.strerror}); is its controller on?"
-        ) from error
-    try:
-        yield group
-    finally:
-        group.rmdir()
 
 
 def write_model(folder: Path, *, packed: bool) -> Path:

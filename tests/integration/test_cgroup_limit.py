@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,31 +12,23 @@ from pathlib import Path
 import pytest
 
 from cluster.quantities import MIB
+from tests.integration.control_groups import limited_group
 
 pytestmark = pytest.mark.root
 
-_V1, _V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
 _LIMIT_BYTES = 512 * MIB
 
 
 @pytest.fixture
 def group() -> Iterator[Path]:
-    """A group limited to 512 MiB, removed by name afterwards."""
     if sys.platform != "linux" or os.geteuid() != 0:
         pytest.skip("control groups need Linux and root")
-    parent, file = (_V1, "memory.limit_in_bytes") if (_V1 / "memory.limit_in_bytes").exists() else (_V2, "memory.max")
-    made = parent / f"potluck-{secrets.token_hex(4)}"
-    try:
-        made.mkdir()
-        (made / file).write_text(str(_LIMIT_BYTES))
-    except OSError as error:
-        if made.exists():
-            made.rmdir()
-        pytest.skip(f"no memory group can be made in {parent}: {error}")
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            made = stack.enter_context(limited_group(_LIMIT_BYTES))
+        except OSError as error:
+            pytest.skip(f"no memory group can be made: {error}")
         yield made
-    finally:
-        made.rmdir()
 
 
 def test_a_process_in_a_limited_group_measures_the_limit_as_its_memory(group: Path) -> None:
