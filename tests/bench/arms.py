@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,7 @@ def cluster_arm(
 ) -> Iterator[Arm]:
     """A cluster with a node in each place, the coordinator beside the first; ready when it is handed over."""
     cluster, everywhere = new_cluster(), client_cores()
+    with_us = ("--exit-with", str(os.getpid()))  # however this process ends
     with contextlib.ExitStack() as stack:
         children = [
             stack.enter_context(
@@ -66,7 +68,7 @@ def cluster_arm(
                     backend,
                     cluster,
                     state / f"{name}-node-{index}",
-                    *("--no-mdns", "--device", device),
+                    *("--no-mdns", "--device", device, *with_us),
                     memory=MEMORY,
                     host=place.host,
                     prefix=(*place.words, *pinned([node_core(index)])),
@@ -82,7 +84,7 @@ def cluster_arm(
                 model_folder(form.shape),
                 cluster,
                 state / f"{name}-coordinator",
-                *("--no-local-node", "--no-mdns", "--min-nodes", str(len(places)), *peers, *packing),
+                *("--no-local-node", "--no-mdns", *with_us, "--min-nodes", str(len(places)), *peers, *packing),
                 context=CONTEXT,
                 users=USERS,
                 cluster_host=places[0].host,
