@@ -20,11 +20,11 @@ from cluster.types import Backend
 from node.engine import Engine, StageSpec, everything_is_here
 from node.engines.registry import create_engine
 from tests.checkpoints import FAMILIES, MORE_FAMILIES, STATE_FAMILIES, make_checkpoint
+from tests.eight_bit_checkpoints import eight_bits
 from tests.integer_checkpoints import quantised_checkpoint
 from tests.integration.live import has_backend
 from tests.oracle.pipelines import Vector, close_pipeline, load_pipeline, run_prefill, stage_specs
 from tests.oracle.reference import random_prompt
-from tests.oracle.test_published_formats import eight_bits
 
 Checkpoints = Callable[[str], Path]
 

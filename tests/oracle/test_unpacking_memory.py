@@ -26,9 +26,9 @@ from cluster.types import Backend
 from node.engines.mlx import by_rows, eight_bits, rows
 from node.engines.mlx.engine import MlxEngine
 from tests.checkpoints import make_checkpoint
+from tests.eight_bit_checkpoints import BLOCK, LAYOUTS
+from tests.eight_bit_checkpoints import eight_bits as packed_and_exact
 from tests.oracle.pipelines import stage_specs
-from tests.oracle.test_published_formats import BLOCK, STATED
-from tests.oracle.test_published_formats import eight_bits as packed_and_exact
 
 OTHERS_BYTES = 5 * MIB
 """Scales that are read along, and some rows at once on their way: as codes, in float32 twice, and rounded."""
@@ -46,7 +46,7 @@ def with_large_matrices(folder: Path, kind: str) -> Path:
         tensors[f"{name}{ending}"] = torch.ones(ceil(rows / height), ceil(columns / width))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": STATED[kind]}))
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": LAYOUTS[kind].stated}))
     return folder
 
 
@@ -68,7 +68,7 @@ def test_eight_bits_are_unpacked_a_bounded_part_at_a_time(kind: str, tmp_path: P
 
 
 @pytest.mark.parametrize("lazily", [False, True])
-@pytest.mark.parametrize("kind", STATED)
+@pytest.mark.parametrize("kind", LAYOUTS)
 def test_parts_hold_the_numbers_of_their_rows(
     kind: str, lazily: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
