@@ -52,7 +52,7 @@ def test_a_plan_at_the_edge_lives_within_its_limit(tmp_path: Path) -> None:
                 [sys.executable, "-m", "tests.oracle.memory_limited", *map(str, arguments)],
                 capture_output=True,
                 text=True,
-                timeout=300,
+                timeout=900,
                 check=False,
             )
 
