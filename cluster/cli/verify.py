@@ -209,7 +209,7 @@ def whole_bytes(checkpoint: Checkpoint, facts: ModelFacts, backend: Backend) -> 
     where that is packed, it is unpacked into a dictionary, and from there becomes a model."""
     if backend is Backend.MLX:
         return facts.stored_bytes
-    if facts.quantization is None:
+    if facts.quantization is None or facts.bits is not None:
         return read_facts(checkpoint).stored_bytes
     used = (tensor for tensor in checkpoint.tensors.values() if not isinstance(part_of(tensor.name), Unused))
     matrices = read_matrices(used, facts.quantization, str(checkpoint.folder)).values()

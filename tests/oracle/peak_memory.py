@@ -13,13 +13,8 @@ from pathlib import Path
 from cluster.types import Backend
 from node.engine import Engine
 from node.engines.registry import create_engine
+from tests.oracle.memory_peaks import forget_peak, resident_bytes
 from tests.oracle.pipelines import stage_specs
-
-
-def peak_bytes() -> int:
-    status = Path("/proc/self/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
 
 
 def load(folder: Path, cut: int, backend: Backend, bits: int | None) -> Engine:
@@ -32,10 +27,12 @@ def main() -> None:
     large, warm = map(Path, sys.argv[1:3])
     backend, bits = (Backend(sys.argv[3]), int(sys.argv[4])) if len(sys.argv) > 3 else (Backend.TORCH, None)
     load(warm, 3, backend, bits).close()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew at what is resident now
-    before_bytes = peak_bytes()
+    forget_peak()
+    before_bytes, files_bytes = resident_bytes("VmRSS"), resident_bytes("RssFile")
     engine = load(large, 8, backend, bits)
-    sys.stdout.write(f"{peak_bytes() - before_bytes} {engine.capacity().weight_bytes}\n")
+    code_bytes = resident_bytes("RssFile") - files_bytes  # of libraries, which come and go as the kernel likes
+    growth_bytes = resident_bytes("VmHWM") - before_bytes - code_bytes
+    sys.stdout.write(f"{growth_bytes} {engine.capacity().weight_bytes}\n")
 
 
 if __name__ == "__main__":

@@ -210,7 +210,8 @@ def test_a_reference_that_is_not_packed_finds_every_layer_wrong(family: str, fol
     """So the comparisons above would notice weights that stay as they are stored."""
     folder, _ = folders(family, 4)
     facts = read_facts(open_checkpoint(folder), 4)
-    whole = trace_by_torch(folder, replace(facts, bits=None), tuple(random_prompt(TOKENS, 3)), DEVICES[Backend.TORCH])
+    stored = read_facts(open_checkpoint(folder))
+    whole = trace_by_torch(folder, stored, tuple(random_prompt(TOKENS, 3)), DEVICES[Backend.TORCH])
     parts = (Part(0, LayerRange(0, facts.layer_count), DEVICES[Backend.MLX]),)
     verdict = verify(Subject(folder, facts, parts), whole, create_engine, lambda what, done, total: None)
     assert not any(layer.within for layer in verdict.layers)

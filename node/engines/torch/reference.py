@@ -69,7 +69,7 @@ def _load(folder: Path, facts: ModelFacts) -> Any:
         auto: Any = AutoModelForCausalLM if generative else AutoModelForImageTextToText
         source: Any = folder
         named: dict[str, object] = {}
-        if facts.quantization is not None:
+        if facts.bits is None and facts.quantization is not None:
             numbers = dequantised(folder, facts.quantization, TORCH_DTYPES[facts.dtype])
             auto, source, named = auto._model_mapping[type(config)], None, {"config": config, "state_dict": numbers}
             del config.quantization_config
