@@ -131,13 +131,14 @@ class PrefixCache:
         return None
 
     def _is_coming(self, awaited: _Source, state: SequenceState, running: Mapping[SequenceId, SequenceState]) -> bool:
-        source = running.get(awaited.seq)
+        source, held = running.get(awaited.seq), self._held.get(awaited.seq)
         return (
             source is not None
+            and held is not None  # it may have been thrown out and let in again since
             and not source.alone
             and source.rewind_to is None
             and (source.ask.lane is Lane.INTERACTIVE or state.ask.lane is Lane.BATCH)
-            and self._held[awaited.seq].length < awaited.length
+            and held.length < awaited.length
         )
 
     def _start(

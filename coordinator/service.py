@@ -130,7 +130,13 @@ class InferenceService:
         mine = _Open(serving, {choice.index: seq for seq, choice in choices.items()})
         events = Unread(lambda: serving.cancel(list(mine.live.values())))
         deadlines = _wished(self._deadlines[request.lane], request.timeout_s)
-        serving.submit([_ask(seq, choice, request, deadlines) for seq, choice in choices.items()], events.put)
+        # How long the first choice waits for room is the request's wait; the others may wait for the first one's.
+        patient = replace(deadlines, queue_s=deadlines.total_s)
+        asks = [
+            _ask(seq, choice, request, patient if place else deadlines)
+            for place, (seq, choice) in enumerate(choices.items())
+        ]
+        serving.submit(asks, events.put)
         self._open[request.id] = mine
         try:
             while mine.live:

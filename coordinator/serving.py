@@ -51,14 +51,19 @@ class Serving:
 
     async def run(self) -> None:
         """Serve until the pipeline breaks; then every sequence has failed and the reason is raised."""
-        watch = asyncio.create_task(self._watch_deadlines())
+        work = (self._pipeline.run(self._on_outcome), self._watch_deadlines())
+        tasks = [asyncio.create_task(item) for item in work]
         try:
-            await self._pipeline.run(self._on_outcome)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
         except PotluckError as error:
             self.end(str(error))
             raise
         finally:
-            watch.cancel()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             self.end("the coordinator is stopping")
             await self._pipeline.close()
 

@@ -138,13 +138,24 @@ class StageRunner:
                 del self._tokens.get(seq, [])[kept:]
                 return Honoured(seq, kept)
             case Fork(src, dst, length):
-                kept = self._engine.fork(src, dst, length)
+                kept = self._shared(self._engine.fork, src, dst, length)
                 self._tokens[dst] = self._tokens.get(src, [])[:kept]
                 return Honoured(dst, kept)
             case Move(src, dst, length):
-                kept = self._engine.move(src, dst, length)
+                kept = self._shared(self._engine.move, src, dst, length)
                 self._tokens[dst] = self._tokens.pop(src, [])[:kept]
                 return Honoured(dst, kept)
+
+    def _shared(
+        self, share: Callable[[SequenceId, SequenceId, int], int], src: SequenceId, dst: SequenceId, length: int
+    ) -> int:
+        """So many tokens; none where the device has no memory for a copy, say: then they are computed."""
+        try:
+            return share(src, dst, length)
+        except Exception as error:  # noqa: BLE001 - as in `finish`
+            _log.error("a prefix of %d tokens could not be shared", length, exc_info=error)
+            self._engine.drop(dst)
+            return 0
 
     def _begin_rows(self, frame: Frame) -> Finish:
         rows, inputs = frame.step.rows, frame.tensors or None

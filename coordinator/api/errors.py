@@ -62,12 +62,12 @@ def problem_of(error: Exception) -> Problem:
             status = _STATUS_OF_CODE.get(error.code or "", 400)
             headers = {"Connection": "close"} if status in (408, 413) else {}  # the rest of the body was not read
             return Problem(status, "invalid_request_error", str(error), error.field, error.code, headers)
-        case DeadlineExceeded(asked=True):
-            # Official clients try again after a 408, unless they are told not to: this one asked for it.
-            headers = {"x-should-retry": "false"}
-            return Problem(408, "timeout_error", str(error), "timeout", error.code, headers)
         case DeadlineExceeded():
-            return Problem(504, "timeout_error", str(error), None, error.code)
+            # Official clients try again after both, unless they are told not to. Only who waited for room alone may
+            # find some; the others would have all of it computed once more.
+            headers = {} if error.code == "queue_timeout" else {"x-should-retry": "false"}
+            status, field = (408, "timeout") if error.asked else (504, None)
+            return Problem(status, "timeout_error", str(error), field, error.code, headers)
         case NotReady():
             return Problem(503, "server_error", str(error), None, "not_ready", {"Retry-After": str(NOT_READY_RETRY_S)})
         case ClusterError():

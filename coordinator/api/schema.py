@@ -24,6 +24,8 @@ _LANE_OF_TIER: Final = {
     "auto": Lane.INTERACTIVE,
     "default": Lane.INTERACTIVE,
     "priority": Lane.INTERACTIVE,
+    "fast": Lane.INTERACTIVE,
+    "scale": Lane.INTERACTIVE,
     "flex": Lane.BATCH,
     "batch": Lane.BATCH,
 }

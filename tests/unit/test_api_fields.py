@@ -50,7 +50,7 @@ def test_a_value_out_of_type_or_range_names_its_field(field: str, value: object)
         ("tools", [{"type": "function"}]), ("tool_choice", "required"), ("tool_choice", {"type": "function"}),
         ("functions", [{"name": "f"}]), ("response_format", {"type": "json_object"}), ("logprobs", True),
         ("top_logprobs", 5), ("logit_bias", {"5": 1}), ("modalities", ["text", "audio"]), ("audio", {"voice": "x"}),
-        ("prediction", {"type": "content"}), ("store", True), ("service_tier", "scale"), ("metadata", {"a": "b"}),
+        ("prediction", {"type": "content"}), ("store", True), ("service_tier", "turbo"), ("metadata", {"a": "b"}),
         ("reasoning_effort", "low"), ("verbosity", "low"), ("web_search_options", {}), ("chat_template", "x"),
         ("chat_template_kwargs", {"a": 1}), ("guided_json", "{}"), ("stop_token_ids", [1]), ("echo", True),
         ("best_of", 1), ("suffix", "x"), ("temprature", 1), ("messages2", []),

@@ -8,10 +8,11 @@ from cluster.rewinding import EXACT, Rewind
 from cluster.steps import CacheVerb, Drawn, Drop, Fork, Honoured, Move, Sampling, Step, StepDone, StepFailed, Trim
 from cluster.types import SequenceId
 from coordinator.admission import Room
+from coordinator.deadlines import Times
 from coordinator.lanes import Lane
-from coordinator.prefix_cache import AWAITED_TOKENS_MIN, SHARED_TOKENS_MIN
+from coordinator.prefix_cache import AWAITED_TOKENS_MIN, SHARED_TOKENS_MIN, PrefixCache
 from coordinator.scheduler import Event, PrefixCached, Scheduler
-from coordinator.sequence import SequenceAsk
+from coordinator.sequence import SequenceAsk, SequenceState
 
 END = 2
 PROMPT = tuple(range(100, 300))
@@ -196,6 +197,22 @@ def test_waiting_ends_when_the_other_one_fails() -> None:
     assert step is not None
     assert step.verbs == (Drop(SequenceId(1)),)
     assert [(row.seq, row.start) for row in step.rows] == [(2, 0)]
+
+
+def test_who_is_waited_for_may_have_to_begin_again_in_the_same_moment() -> None:
+    """Thrown out with too little to keep, and let in once more before anybody looks."""
+    cache = PrefixCache(Room(1, 2000, 1000))
+    first, second = (SequenceState(ask(number), number, Times(NOW)) for number in (1, 2))
+    running = {state.ask.seq: state for state in (first, second)}
+    for state in running.values():
+        state.begin(300, NOW)
+    assert cache.begin(running, 600) == []
+    assert (first.fresh, second.fresh) == (False, True), "the second waits for what the first computes"
+    assert cache.leave(first) == [Drop(first.ask.seq)]
+    first.begin(300, NOW)
+    running = {state.ask.seq: state for state in (second, first)}
+    assert cache.begin(running, 600) == []
+    assert not second.fresh
 
 
 def test_a_cancelled_prompt_stays_as_far_as_it_was_computed() -> None:

@@ -142,6 +142,24 @@ def test_penalties_know_the_tokens_that_a_fork_and_a_move_brought() -> None:
         assert (left.drawn[0].token == 4) == isinstance(verb, Move)  # only a moved sequence forgets the 4 that it had
 
 
+@pytest.mark.parametrize("verb", [Fork(ONE, TWO, 2), Move(ONE, TWO, 2)])
+def test_what_cannot_be_shared_is_computed(
+    verb: CacheVerb, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A device without memory for a copy, say: nobody else is hurt."""
+
+    def fail(src: SequenceId, dst: SequenceId, length: int) -> int:
+        raise RuntimeError("out of memory")
+
+    stage, engine = runner(is_last=True)
+    run(stage, Row(ONE, 0, (7, 8, 9)))
+    monkeypatch.setattr(engine, "fork", fail)
+    monkeypatch.setattr(engine, "move", fail)
+    assert done(run(stage, verbs=(verb,))).honoured == (Honoured(TWO, 0),)
+    assert engine.length(TWO) == 0
+    assert "could not be shared" in caplog.text
+
+
 def test_a_failing_row_fails_its_step_alone_and_leaves_the_cache_as_it_was() -> None:
     stage, engine = runner(is_last=True)
     run(stage, Row(ONE, 0, (7,), GREEDY))
