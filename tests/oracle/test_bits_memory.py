@@ -64,8 +64,9 @@ def test_progress_rises_to_its_total(backend: Backend, checkpoint: Callable[[str
     assert (seen[0].done_bytes, seen[-1].done_bytes) == (0, seen[0].total_bytes)
 
 
-CONSTANT_BYTES = 4 << 20
-"""Code pages of kernels, and what some rows are converted in: it does not grow with the model."""
+CONSTANT_BYTES = {Backend.TORCH: 8 << 20, Backend.MLX: 4 << 20}
+"""What some rows are converted in, and on torch what the heap keeps of it, which varies by four megabytes from run to
+run: it does not grow with the model."""
 
 SIZES = {
     "llama": {"hidden_size": 1024, "intermediate_size": 3840},
@@ -106,5 +107,5 @@ def test_a_load_never_holds_the_slice_in_full_precision(
     checkpoint = open_checkpoint(folder)
     whole_bytes = sum(layer.resident_bytes[backend] for layer in read_facts(checkpoint).layers[:8])
     assert slice_bytes > 48 << 20
-    assert growth_bytes <= 1.05 * slice_bytes + CONSTANT_BYTES
+    assert growth_bytes <= 1.05 * slice_bytes + CONSTANT_BYTES[backend]
     assert growth_bytes < whole_bytes / 2

@@ -274,7 +274,8 @@ def test_a_device_that_does_not_exist_is_a_usage_error(device: str) -> None:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize(("family", "dtype"), [("llama", "float32"), ("llama", "bfloat16"), ("qwen3_moe", "float32")])
 def test_a_load_needs_little_more_memory_than_its_slice(family: str, dtype: str, tmp_path: Path) -> None:
-    """A slice of some 80 MB of a checkpoint of some 160 MB; growth of the peak at most the slice and a tenth."""
+    """A slice of some 80 MB of a checkpoint of some 160 MB; growth of the peak at most the slice and a tenth, and in 16
+    bits a matrix that is there twice while it is put in the order of the CPU's products."""
     folder = make_checkpoint(
         family,
         tmp_path / "large",
@@ -295,5 +296,6 @@ def test_a_load_needs_little_more_memory_than_its_slice(family: str, dtype: str,
         cwd=Path(__file__).parents[2],
     ).stdout
     growth_bytes, slice_bytes = map(int, output.split())
+    twice_bytes = max(tensor.size_bytes for tensor in open_checkpoint(folder).tensors.values())
     assert slice_bytes > 75e6
-    assert 0.95 * slice_bytes <= growth_bytes <= 1.10 * slice_bytes
+    assert 0.95 * slice_bytes <= growth_bytes <= 1.10 * slice_bytes + (twice_bytes if dtype == "bfloat16" else 0)
