@@ -10,24 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-from cluster.cli.main import app
-from cluster.cli.verify import check_memory
-from cluster.cli.verify_cut import even_cut, parse_backends
 from cluster.cli.verify_report import Report, document, verdict_line
-from cluster.errors import BadLogits, DoesNotFit, UsageError
+from cluster.errors import BadLogits
 from cluster.steps import Boundary, Row
 from cluster.types import Backend, DType, LayerRange, TensorSpec
 from node.comparison import (
-    REROUTED,
     TOLERANCES,
     Floats,
     Trace,
     drawn_tokens,
-    errors_of,
     from_host,
-    summary,
     to_host,
     tolerance,
 )
@@ -267,69 +260,11 @@ def test_a_model_is_routed_when_a_token_does_not_use_all_weights_of_a_layer() ->
     assert [routed([8, 8]), routed([8, 2])] == [False, True]
 
 
-def test_tolerance_grows_with_the_root_of_the_layers() -> None:
-    for dtype, known in TOLERANCES.items():
-        assert tolerance(dtype, 1, same=True, routed=False) == known.same
-        assert tolerance(dtype, 1, same=False, routed=False) == known.other > known.same
-        assert tolerance(dtype, 9, same=True, routed=False) == pytest.approx(3 * known.same)
-
-
-def test_experts_in_16_bits_widen_the_tolerance_of_several_layers_and_of_nothing_else() -> None:
-    known = TOLERANCES[DType.F16]
-    assert tolerance(DType.F16, 2, same=True, routed=True) == REROUTED
-    assert tolerance(DType.F16, 1, same=True, routed=True) == known.same
-    assert tolerance(DType.F32, 2, same=True, routed=True) < REROUTED
-
-
 def test_another_library_or_device_gets_the_wider_tolerance_and_its_layers_alone_do() -> None:
     verdict = verdict_of(parts=stages(3, devices=(CPU, METAL)))
     known = TOLERANCES[DType.F32]
     assert [layer.tolerance for layer in verdict.layers] == [known.same] * 3 + [known.other] * 3
     assert verdict.chain.tolerance == tolerance(DType.F32, LAYERS, same=False, routed=False)
-
-
-def test_errors_are_relative_to_the_rms_of_each_token() -> None:
-    expected = np.array([[3.0, -3, 3, -3], [30, 30, -30, -30]], np.float32)
-    errors = errors_of(expected + np.float32(0.3), expected, [expected])
-    np.testing.assert_allclose(errors, [0.1, 0.01], rtol=1e-5)
-
-
-def test_errors_of_an_outsized_element_are_relative_to_itself() -> None:
-    expected = np.full((1, 1024), 1.0, np.float32)
-    expected[0, 5] = 1000.0
-    found = expected.copy()
-    found[0, 5] += 4.0  # one step of BF16 there
-    assert errors_of(found, expected, [expected]) == pytest.approx(0.004)
-
-
-def test_errors_are_measured_by_the_largest_state_on_the_way() -> None:
-    """A layer that takes 1000 away leaves its rounding behind."""
-    entering, expected = np.full((1, 4), 1000.0, np.float32), np.full((1, 4), 1.0, np.float32)
-    assert errors_of(expected + 4, expected, [entering, expected]) == pytest.approx(0.004)
-    assert errors_of(expected + 4, expected, [expected]) == pytest.approx(4.0)
-
-
-def test_the_worst_token_counts_but_with_experts_in_16_bits_the_median_one() -> None:
-    errors = np.array([0.1, 0.1, 0.2, 0.9], np.float32)
-    assert summary(errors, DType.BF16, routed=False) == pytest.approx(0.9)
-    assert summary(errors, DType.F32, routed=True) == pytest.approx(0.9)
-    assert summary(errors, DType.BF16, routed=True) == pytest.approx(0.15)
-
-
-@pytest.mark.parametrize(("dtype", "mantissa_bits"), [(DType.F32, 23), (DType.F16, 10), (DType.BF16, 7)])
-def test_what_a_dtype_can_say_reaches_a_stage_exactly(dtype: DType, mantissa_bits: int) -> None:
-    steps = np.arange(2**mantissa_bits, 2**mantissa_bits + 100, dtype=np.float32)
-    values = (np.outer([1, -1], steps) * np.float32(2.0**-mantissa_bits)).astype(np.float32)
-    tensor = to_host(values, dtype)
-    assert (tensor.dtype, tensor.shape) == (dtype, (2, 100))
-    np.testing.assert_array_equal(from_host(tensor), values)
-
-
-def test_what_bf16_cannot_say_is_rounded_to_the_nearest_and_to_even() -> None:
-    step = 2.0**-7
-    values = np.array([1 + 0.4 * step, 1 + 0.6 * step, 1 + 0.5 * step, 1 + 1.5 * step, -1 - 0.6 * step], np.float32)
-    expected = np.array([1, 1 + step, 1, 1 + 2 * step, -1 - step], np.float32)
-    np.testing.assert_array_equal(from_host(to_host(values, DType.BF16)), expected)
 
 
 def test_a_reference_that_overflows_is_refused_and_says_where() -> None:
@@ -349,65 +284,3 @@ def test_the_document_is_json_even_where_an_error_is_not_a_number() -> None:
     assert found["layers"][2]["error"] is None
     assert [layer["ok"] for layer in found["layers"]] == [True, True, False, True, True, True]
     assert [(stage["first_layer"], stage["last_layer"]) for stage in found["stages"]] == [(0, 3), (3, 6)]
-
-
-def test_engines_are_named_once_or_for_each_stage() -> None:
-    assert parse_backends("auto", 3) == ()
-    assert parse_backends("mlx", 2) == (Backend.MLX, Backend.MLX)
-    assert parse_backends("torch, mlx", 3) == (Backend.TORCH, Backend.MLX, Backend.TORCH)
-
-
-@pytest.mark.parametrize("text", ["cuda", "", "torch,", "torch,jax", "torch,mlx,torch"])
-def test_engines_that_do_not_exist_or_have_no_stage_are_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="--backend"):
-        parse_backends(text, 2)
-
-
-@pytest.mark.parametrize("layers", [1, 5, 12, 80])
-def test_an_even_cut_owns_every_layer_once_in_stages_alike(layers: int) -> None:
-    facts = clusters.model([1] * layers)
-    for count in range(1, layers + 1):
-        cut = even_cut(facts, count)
-        assert [layer for part in cut for layer in part] == list(range(layers))
-        assert max(map(len, cut)) - min(map(len, cut)) <= 1
-    with pytest.raises(UsageError, match=f"it has {layers} layers"):
-        even_cut(facts, layers + 1)
-
-
-def test_a_cut_is_made_only_where_the_model_can_be_cut() -> None:
-    assert [str(part) for part in even_cut(replace(FACTS, legal_cuts=frozenset({0, 1, 4})), 2)] == ["0-0", "1-5"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--backend", "cuda"), "expected --backend auto, or names from mlx, torch"),
-        (("--stages", "13"), "it has 12 layers"),
-        (("--tokens", "5000"), "beyond the model's context of 4096"),
-        (("--stages", "torch:0-5,mlx:7-11"), "expected each of 0-11 once, in order"),
-        (("--stages", "torch:0-5,jax:6-11"), "such as torch:0-5,mlx:6-11"),
-        (("--stages", "torch:5-0"), "such as torch:0-5,mlx:6-11"),
-        (("--stages", "torch:0-11", "--backend", "mlx"), "leave --backend out"),
-        (("--url", "http://127.0.0.1:1", "--stages", "3"), "leave --stages, --backend and --bits out"),
-    ],
-)
-def test_a_wrong_argument_is_exit_code_2_and_says_what_is_right(
-    arguments: Sequence[str], message: str, tmp_path: Path
-) -> None:
-    result = CliRunner().invoke(app, ["verify", "demo", *arguments, "--state", str(tmp_path)])
-    assert result.exit_code == 2
-    assert message in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("budget_bytes", "message"),
-    [(99, "the reference holds the whole model"), (500, "stage 0 holds layers 0-2 and needs")],
-)
-def test_what_does_not_fit_is_refused_before_anything_is_loaded(
-    budget_bytes: int, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    memory = clusters.node("here", budget_bytes).memory
-    monkeypatch.setattr("cluster.cli.verify.measure_memory", lambda device: memory)
-    subject = Subject(Path("nowhere"), clusters.model([50] * LAYERS), stages(3))
-    with pytest.raises(DoesNotFit, match=message):
-        check_memory(subject, subject.facts.stored_bytes, CPU, tokens=16)

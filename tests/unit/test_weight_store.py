@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from cluster.errors import ModelError, WireError
+from cluster.errors import WireError
 from cluster.models.checkpoint import open_checkpoint
 from cluster.models.manifest import Manifest, TensorRecord, build_manifest, to_json
-from cluster.types import DType, ModelId
-from node.weights.disk import check_room, writing
-from node.weights.journal import Journal, Mark, read_journal
+from cluster.types import ModelId
 from node.weights.local import holds_slice
 from node.weights.ranges import Run, plan_runs
 from node.weights.store import Store
@@ -24,86 +18,6 @@ from node.weights.writer import RunWriter
 from tests.weight_files import write_model
 
 _TENSOR_BYTES = 4096
-
-
-def _record(name: str, begin: int, size: int, file: str = "a") -> TensorRecord:
-    return TensorRecord(name, DType.U8, (size,), file, begin, begin + size, "")
-
-
-# -- Ranges ----------------------------------------------------------------------------------------------
-
-
-def test_neighbours_become_one_run() -> None:
-    runs = plan_runs([_record("b", 18, 5), _record("a", 8, 10), _record("c", 23, 1)], {})
-    assert [(run.begin, run.end) for run in runs] == [(8, 24)]
-
-
-def test_a_gap_or_another_file_begins_a_run() -> None:
-    runs = plan_runs([_record("a", 8, 10), _record("b", 19, 5), _record("c", 24, 5, file="z")], {})
-    assert [(run.file, run.begin, run.end) for run in runs] == [("a", 8, 18), ("a", 19, 24), ("z", 24, 29)]
-
-
-def test_a_tensor_that_partly_arrived_begins_a_run_inside_itself() -> None:
-    runs = plan_runs([_record("a", 8, 10), _record("b", 18, 5), _record("c", 23, 5)], {"b": 2})
-    assert [(run.begin, run.end, run.skip_bytes) for run in runs] == [(8, 18, 0), (20, 28, 2)]
-
-
-_SIZES = st.lists(st.integers(1, 50), min_size=1, max_size=30)
-
-
-@given(_SIZES, st.sets(st.integers(0, 29)), st.dictionaries(st.integers(0, 29), st.integers(0, 50)), st.integers(1, 99))
-def test_runs_cover_exactly_what_is_missing(
-    sizes: list[int], present: set[int], arrived: dict[int, int], run_bytes_max: int
-) -> None:
-    records, begin = [], 8
-    for i, size in enumerate(sizes):
-        records.append(_record(str(i), begin, size))
-        begin += size
-    received = {str(i): min(count, sizes[i]) for i, count in arrived.items() if i < len(sizes)}
-    missing = [record for i, record in enumerate(records) if i not in present]
-    runs = plan_runs(missing, received, run_bytes_max)
-    asked = [byte for run in runs for byte in range(run.begin, run.end)]
-    wanted = [byte for t in missing for byte in range(t.begin + received.get(t.name, 0), t.end)]
-    assert asked == wanted
-    assert all(len(run.tensors) == 1 or run.end - run.tensors[0].begin <= run_bytes_max for run in runs)
-
-
-# -- The journal -----------------------------------------------------------------------------------------
-
-
-def _journal(path: Path, *marks: Mark) -> None:
-    journal = Journal(path, {})
-    journal.append(marks)
-    journal.close()
-
-
-def test_the_last_mark_of_a_tensor_counts(tmp_path: Path) -> None:
-    path = tmp_path / "journal"
-    _journal(path, Mark("a", 5, False), Mark("b", 3, True), Mark("a", 0, False))
-    assert read_journal(path) == {"a": Mark("a", 0, False), "b": Mark("b", 3, True)}
-
-
-def test_a_line_torn_by_a_kill_is_dropped_and_overwritten(tmp_path: Path) -> None:
-    path = tmp_path / "journal"
-    _journal(path, Mark("a", 5, True), Mark("b", 9, True))
-    path.write_bytes(path.read_bytes()[:-4])
-    marks = read_journal(path)
-    assert set(marks) == {"a"}
-    journal = Journal(path, marks)
-    journal.append([Mark("c", 1, True)])
-    journal.close()
-    assert set(read_journal(path)) == {"a", "c"}
-
-
-@pytest.mark.parametrize("rubbish", [b"\0\0\0\0", b'["b", -1, true]', b'["b", 1]', b"[" * 100_000, b"\xff\xfe", b"7"])
-def test_reading_stops_at_rubbish(tmp_path: Path, rubbish: bytes) -> None:
-    path = tmp_path / "journal"
-    _journal(path, Mark("a", 5, True))
-    path.write_bytes(path.read_bytes() + rubbish + b"\n" + path.read_bytes().replace(b'"a"', b'"z"'))
-    assert set(read_journal(path)) == {"a"}
-
-
-# -- The store -------------------------------------------------------------------------------------------
 
 
 class _Model:
@@ -270,41 +184,6 @@ def test_a_damaged_manifest_on_disk_is_as_good_as_none(model: _Model) -> None:
 def test_a_model_id_that_is_no_hash_never_becomes_a_path(tmp_path: Path, text: str) -> None:
     with pytest.raises(WireError, match="64 hex digits"):
         Store(tmp_path, ModelId(text))
-
-
-# -- The disk --------------------------------------------------------------------------------------------
-
-
-def _free(monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> None:
-    usage = shutil._ntuple_diskusage(10**12, 10**12 - free_bytes, free_bytes)  # type: ignore[attr-defined]
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-
-
-def test_room_is_what_is_needed_and_a_little_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _free(monkeypatch, 105 << 20)
-    check_room(tmp_path, 100 << 20)
-    with pytest.raises(ModelError, match=r"100\.9 MiB .* 105\.0 MiB free: 9\d\d\.\d KiB too little.*--state"):
-        check_room(tmp_path, (100 << 20) + 900_000)
-
-
-def test_the_margin_of_a_large_slice_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _free(monkeypatch, (100 << 30) + (256 << 20))
-    check_room(tmp_path, 100 << 30)
-    with pytest.raises(ModelError, match="too little"):
-        check_room(tmp_path, (100 << 30) + 1)
-
-
-def test_nothing_is_asked_of_a_full_disk_when_nothing_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _free(monkeypatch, 0)
-    check_room(tmp_path, 0)
-
-
-@pytest.mark.parametrize(("number", "words"), [(errno.ENOSPC, "is full"), (errno.EROFS, "cannot write")])
-def test_a_failing_disk_is_explained(tmp_path: Path, number: int, words: str) -> None:
-    with pytest.raises(ModelError, match=f"{words}.*--state"), writing(tmp_path):
-        raise OSError(number, os.strerror(number))
 
 
 # -- A folder that this machine sees ---------------------------------------------------------------------
