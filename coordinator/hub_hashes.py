@@ -60,23 +60,17 @@ def check_names(folder: Path, files: Iterable[FileEntry]) -> None:
             raise ModelError(f"{folder / entry.name} is not the file that was published: remove {blob} and start again")
 
 
-def is_called_rightly(blob: Path, advance: Advance | None = None) -> bool:
-    """Whether a file of the cache is the one that its name says; some mirrors use plain SHA-1 for small ones."""
-    return has_digest(blob, blob.name, advance) or (
-        _GIT_ID.fullmatch(blob.name) is not None
-        and hashlib.sha1(blob.read_bytes(), usedforsecurity=False).hexdigest() == blob.name
-    )
-
-
 def has_digest(path: Path, digest: str, advance: Advance | None = None) -> bool:
-    """Whether the file at `path` is the one that the hub calls `digest`."""
+    """Whether the file at `path` is the one that the hub calls `digest`; mirrors may use plain SHA-1 for small ones."""
+    if _SHA256.fullmatch(digest):
+        hashes = [hashlib.sha256()]
+    else:
+        git = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+        hashes = [git, hashlib.sha1(usedforsecurity=False)]
     with path.open("rb", buffering=0) as file:
-        if _SHA256.fullmatch(digest):
-            found = hashlib.sha256()
-        else:
-            found = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
         while data := file.read(READ_BYTES):
-            found.update(data)
+            for found in hashes:
+                found.update(data)
             if advance is not None:
                 advance(len(data))
-    return found.hexdigest() == digest
+    return digest in {found.hexdigest() for found in hashes}

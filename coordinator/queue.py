@@ -7,7 +7,7 @@ much room there is.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from cluster.errors import AtCapacity
@@ -48,9 +48,9 @@ class Queue:
     def check(self, asks: Sequence[SequenceAsk], now: float) -> None:
         """AtCapacity where the asks' lane is full. An empty lane takes any one request."""
         waiting = [state for clients in self._lanes[asks[0].lane].values() for state in clients]
-        prompt_tokens = sum(len(state.ask.prompt) for state in waiting)
+        prompt_tokens = _prompt_tokens(state.ask for state in waiting)
         requests_over = len(waiting) + len(asks) - QUEUED_REQUESTS_MAX
-        tokens_over = prompt_tokens + sum(len(ask.prompt) for ask in asks) - QUEUED_PROMPT_TOKENS_MAX
+        tokens_over = prompt_tokens + _prompt_tokens(asks) - QUEUED_PROMPT_TOKENS_MAX
         if waiting and (requests_over > 0 or tokens_over > 0):
             raise AtCapacity(
                 f"{len(waiting)} requests with {prompt_tokens} prompt tokens are waiting already; "
@@ -114,3 +114,8 @@ class Queue:
         prompt_tokens = max(1, sum(tokens for _, tokens in self._left))
         waits_s = max(waits_s, tokens_over * span_s / prompt_tokens)
         return min(waits_s, RETRY_AFTER_MAX_S)
+
+
+def _prompt_tokens(asks: Iterable[SequenceAsk]) -> int:
+    """The choices of one request have one prompt, which is computed once."""
+    return sum({id(ask.prompt): len(ask.prompt) for ask in asks}.values())

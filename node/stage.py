@@ -143,6 +143,7 @@ class StageRunner:
                 return Honoured(dst, kept)
             case Move(src, dst, length):
                 kept = self._shared(self._engine.move, src, dst, length)
+                self._engine.drop(src)  # where it could not be moved, nobody knows of it any more
                 self._tokens[dst] = self._tokens.pop(src, [])[:kept]
                 return Honoured(dst, kept)
 

@@ -22,7 +22,7 @@ from cluster.quantities import format_bytes
 from cluster.state_dir import StateDir, default_state_path, holder_pid
 from coordinator.gguf.store import Conversion, ConversionStore
 from coordinator.hub import ResolvedModel, find_model, resolve_model, work_on
-from coordinator.hub_hashes import is_called_rightly, is_digest
+from coordinator.hub_hashes import has_digest, is_digest
 from coordinator.server import conversions_folder, coordinator_state
 from node.weights.inventory import StoredModel, checked_bytes, damaged, forget, stored_models
 
@@ -136,7 +136,7 @@ def _verify_cached(cached: ResolvedModel, as_json: bool) -> int:
     unchecked = sorted(blobs.keys() - hashed_blobs.keys())
     with progress(f"reading {cached.name}", as_json) as on_progress:
         advance = counting(sum(blob.stat().st_size for blob in hashed_blobs.values()), on_progress)
-        bad = [name for name, blob in hashed_blobs.items() if not is_called_rightly(blob, advance)]
+        bad = [name for name, blob in hashed_blobs.items() if not has_digest(blob, blob.name, advance)]
     if as_json:
         found = {"folder": str(cached.folder), "files": len(hashed_blobs), "damaged": bad, "unchecked": unchecked}
         answer({"verified": [found]})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from cluster.errors import AtCapacity, RequestError
@@ -155,6 +157,15 @@ def test_a_queue_full_of_prompt_tokens_takes_no_more() -> None:
     it.submit([ask(0, prompt=long), ask(1, prompt=long)], NOW)
     with pytest.raises(AtCapacity, match="prompt tokens"):
         it.submit([ask(2, prompt=1)], NOW)
+
+
+def test_a_prompt_of_several_choices_waits_once() -> None:
+    it = scheduler(kv_tokens=1 << 20, context=1 << 20)
+    one = ask(0, prompt=QUEUED_PROMPT_TOKENS_MAX // 4)
+    it.submit([replace(one, seq=SequenceId(number)) for number in range(4)], NOW)
+    it.submit([ask(10, prompt=QUEUED_PROMPT_TOKENS_MAX // 2)], NOW)
+    with pytest.raises(AtCapacity, match="prompt tokens"):
+        it.submit([ask(11, prompt=QUEUED_PROMPT_TOKENS_MAX // 2)], NOW)
 
 
 def test_an_empty_queue_takes_any_one_request() -> None:

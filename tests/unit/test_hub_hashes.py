@@ -11,7 +11,7 @@ from huggingface_hub.hf_api import BlobLfsInfo, RepoSibling
 
 from cluster.errors import ModelError
 from cluster.models.manifest import FileEntry
-from coordinator.hub_hashes import HubFile, check_names, has_digest, is_called_rightly
+from coordinator.hub_hashes import HubFile, check_names, has_digest
 
 _DATA = b'{"model_type": "llama"}'
 _SHA256 = hashlib.sha256(_DATA).hexdigest()
@@ -43,9 +43,9 @@ def test_what_is_no_hash_of_the_hubs_is_none(blob_id: str | None) -> None:
 def test_some_mirrors_call_small_files_by_their_plain_sha1(tmp_path: Path) -> None:
     blob = tmp_path / hashlib.sha1(_DATA).hexdigest()
     blob.write_bytes(_DATA)
-    assert is_called_rightly(blob)
+    assert has_digest(blob, blob.name)
     blob.write_bytes(_DATA + b" ")
-    assert not is_called_rightly(blob)
+    assert not has_digest(blob, blob.name)
 
 
 def test_a_cached_weight_file_that_is_not_what_it_is_called_is_refused(tmp_path: Path) -> None:

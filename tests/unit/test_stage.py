@@ -157,6 +157,7 @@ def test_what_cannot_be_shared_is_computed(
     monkeypatch.setattr(engine, "move", fail)
     assert done(run(stage, verbs=(verb,))).honoured == (Honoured(TWO, 0),)
     assert engine.length(TWO) == 0
+    assert engine.length(ONE) == (3 if isinstance(verb, Fork) else 0), "what has moved is nobody's any more"
     assert "could not be shared" in caplog.text
 
 

@@ -102,7 +102,7 @@ class KvCache:
         try:
             self._seating.copy(src, dst, parts, honoured)
         except BaseException:
-            self.reconcile()
+            self.reconcile()  # with what the seating has lost
             raise
         self._lengths[dst] = honoured
         self._ways_back[dst] = self._ways_back[src].forked(honoured)

@@ -162,6 +162,7 @@ class Seating:
                 lane.take_in(layer, shape, {row: _part(origin, layer) for row, origin in parts.items()})
             mx.async_eval(lane.arrays)
         except BaseException:
+            # Half of the layers were taken in: nobody in this lane is whole.
             for seq in lane.live:
                 self.leave(seq)
             raise
