@@ -46,8 +46,3 @@ def prompt_s(passes: Passes, prompt_tokens: int, chunk: int, hops_s: float) -> f
 def shared_prompts_s(users: int, prompt_tokens: int, prefill_tokens_s: float) -> float:
     """When prompts that came at once are all through, if the prefill rate is shared perfectly."""
     return users * prompt_tokens / prefill_tokens_s
-
-
-def crossing_s(payload_bytes: int, bytes_s: float, delay_s: float) -> float:
-    """A frame's time over a link."""
-    return payload_bytes / bytes_s + delay_s

@@ -29,7 +29,8 @@ _METHOD = """## Method
   Alone, it is half of a round trip of as many bytes over the same kind of stream, with nothing at its ends.
 - **Links** are emulated by one process that carries frames of at most 9,000 bytes between two TAP devices, in order: so
   many bytes a second, so much later, and on the Wi-Fi some later still, which holds up those behind them. The ceiling
-  counts a hop over the same emulation, measured alone, so what the emulator itself costs is in both.
+  counts a token's way over the same emulation, measured alone with pauses for the stages' passes, so what the emulator
+  itself costs is in both. Four frames of a token may be late: what it sends each way, and TCP's acknowledgements.
 - **llama.cpp** is built from the sources inside `llama-cpp-python`, whose own server answers one request at a time;
   llama.cpp's server batches. Its RPC arm has a worker with one thread on each node's core and half of the layers in
   each; "4 bits" is its Q4_0 of the same weights. Its server shares the coordinators' cores.

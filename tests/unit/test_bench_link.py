@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.bench.link import Direction, Link
+from tests.bench.link import WIFI, Direction, Link
+from tests.bench.trip import floor_s
 
 FRAME = bytes(1000)
 
@@ -42,3 +43,24 @@ def test_a_late_frame_holds_up_those_behind_it_and_the_share_is_as_asked() -> No
         lasts.append(crowd._last_s)
     assert lasts == sorted(lasts)
     assert max(last - 0.001 * index for index, last in enumerate(lasts)) > 0.05
+
+
+def test_one_frame_of_every_twenty_is_late_whichever() -> None:
+    way = Direction(WIFI, seed=0)
+    waits = []
+    for index in range(400):
+        way.take(FRAME, float(index))
+        waits.append(way.emptied_s() - index)
+    twenties = [waits[at : at + 20] for at in range(0, 400, 20)]
+    assert [sum(wait > 0.05 for wait in twenty) for twenty in twenties] == [1] * 20
+    assert len({twenty.index(max(twenty)) for twenty in twenties}) > 5
+
+
+def test_a_token_takes_two_ways_and_waits_for_late_frames_of_four() -> None:
+    calm = Link("", bytes_s=1e6, delay_s=0.01)
+    carried_s = (66 + 1000 + 66 + 128) / 1e6
+    assert floor_s(calm, 1000, (0.5, 0.5)) == pytest.approx(2 * 0.01 + carried_s)
+    # Long passes: an acknowledgement is through before the message after it, however late, so two frames count.
+    assert floor_s(WIFI, 1000, (1.0, 1.0)) == pytest.approx(2 * (0.003 + 0.05 * 0.08), rel=0.02)
+    # No passes: one that is late holds up the message behind it, so all four count.
+    assert floor_s(WIFI, 1000, (0.0, 0.0)) > 2 * (0.003 + 0.09 * 0.08)

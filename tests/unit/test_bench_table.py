@@ -46,10 +46,6 @@ def test_prompts_that_came_at_once_are_through_when_all_are() -> None:
     assert ceilings.shared_prompts_s(32, 100, 400.0) == pytest.approx(8.0)
 
 
-def test_a_frame_crosses_a_link_by_its_size_and_the_delay() -> None:
-    assert ceilings.crossing_s(125_000, 125e6, 0.0003) == pytest.approx(0.0013)
-
-
 @pytest.mark.parametrize(
     ("row", "verdict"),
     [

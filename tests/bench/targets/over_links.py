@@ -14,6 +14,7 @@ from tests.bench.bench import TWO, Bench
 from tests.bench.link import CABLE, WIFI, Link, linked, missing
 from tests.bench.rows import Row, at_most, unmeasured
 from tests.bench.targets.first_token import CHUNKS, PROMPT, shots
+from tests.bench.trip import floor_s
 
 _TIMEOUT_S = 900.0
 _WITHIN = 1.1
@@ -28,12 +29,14 @@ def rows(bench: Bench) -> list[Row]:
 
 def _link_rows(bench: Bench, link: Link) -> list[Row]:
     width = int(bench.arm(TWO).status()["plan"]["boundary_bytes"])
-    found = _measured(bench, link, [width, *(width * chunk for chunk in CHUNKS)])
+    passes = bench.passes(TWO, bench.shot(1))
+    found = _measured(bench, link, passes, [width, *(width * chunk for chunk in CHUNKS)])
     if [tuple(stage) for stage in found["stages"]] != list(bench.arm(TWO).stages):
         raise ClusterError(f"the plan over {link.name} cuts the model elsewhere: {found['stages']}")
     crossing = {int(size): float(seconds) for size, seconds in found["hops_s"].items()}
+    trip_s = float(found["trip_s"])
     here_s = bench.hop_s()  # into the first stage, which is beside the coordinator
-    best_token_s = ceilings.token_s(bench.passes(TWO, bench.shot(1)), here_s + 2 * crossing[width])
+    best_token_s = ceilings.token_s(passes, here_s + trip_s)
     together = bench.measure_alone(TWO, shots(bench), together=True)
     best_first_s = min(
         ceilings.prompt_s(passes, PROMPT, chunk, here_s + crossing[width * chunk] + crossing[width])
@@ -48,17 +51,23 @@ def _link_rows(bench: Bench, link: Link) -> list[Row]:
         Row(8, f"{link.name}: one user's time per token", 1000 * token_s, "ms", 1000 * best_token_s,
             note="mean, late frames included"),
         Row(8, f"{link.name}: first token of {PROMPT}", first_s, "s", best_first_s),
-        Row(8, f"{link.name}: a hop of one token over the link", 1000 * crossing[width], "ms",
-            1000 * ceilings.crossing_s(width, link.bytes_s, link.mean_delay_s), note="what was emulated"),
+        Row(8, f"{link.name}: a token's way there and back by itself", 1000 * trip_s, "ms",
+            1000 * floor_s(link, width, (passes[0], passes[1])), note="the ceiling is what the emulated frames take"),
     ]  # fmt: skip
 
 
-def _measured(bench: Bench, link: Link, widths: list[int]) -> Mapping[str, Any]:
+def _measured(bench: Bench, link: Link, passes: ceilings.Passes, widths: list[int]) -> Mapping[str, Any]:
     """What a process on one side of the link saw; the models' sides of it are namespaces of their own."""
     effort = bench.effort
     with linked(link) as ends:
         command = [*ends.at_here, sys.executable, "-m", "tests.bench.over_link", bench.form.name, ends.here, ends.there]
-        command += [ends.at_there[-1], bench.backend, str(effort.rounds), str(effort.output_tokens), *map(str, widths)]
+        command += [
+            ends.at_there[-1],
+            bench.backend,
+            str(effort.rounds),
+            str(effort.output_tokens),
+            *map(str, (*passes, *widths)),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     if done.returncode != 0:
         raise ClusterError(f"over {link.name}: {done.stderr[-600:]}")
