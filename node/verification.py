@@ -208,10 +208,19 @@ class _Run:
         if layers.last == facts.layer_count:
             error = self.logits_error(_logits(leaving))
         else:
-            found = np.concatenate([from_host(output[0]) for output in leaving if isinstance(output, tuple)])
-            error = self.summary(errors_of(found, hidden[layers.last], hidden[layers.first : layers.last + 1]))
+            sent = [output for output in leaving if isinstance(output, tuple)]
+            found = np.concatenate([from_host(output[0]) for output in sent])
+            of_hidden = self.summary(errors_of(found, hidden[layers.last], hidden[layers.first : layers.last + 1]))
+            error = float(np.maximum(of_hidden, self.inputs_error(sent)))  # NaN where either is
         same = self.computes_alike(part)
         return Comparison(part, error, self.tolerance(len(layers), same=same))
+
+    def inputs_error(self, sent: Sequence[Boundary]) -> float:
+        """Of what layers have for themselves: the first stage makes it for all of them, the others pass it on."""
+        if self.trace.inputs is None:
+            return 0.0
+        found = np.concatenate([from_host(output[1]) for output in sent])
+        return float(np.max(errors_of(found, self.trace.inputs, [self.trace.inputs])))
 
     def sketch(self, part: Part, engine: Engine) -> Sketch:
         """Give the part what it is given every time."""

@@ -195,22 +195,31 @@ def _best_device(facts: ModelFacts) -> Device:
 
 
 def _reference(checkpoint: Checkpoint, facts: ModelFacts) -> Device:
-    """transformers on the processor, whose arithmetic no driver and no fast kernel changes; where it is not
-    installed or cannot read the checkpoint, mlx-lm where MLX runs best."""
+    """transformers on the processor, whose arithmetic no driver and no fast kernel changes; where it is not installed,
+    cannot read the checkpoint or has no room to unpack what MLX packed, mlx-lm where MLX runs best."""
+    engines = facts.backends & read_machine().engines
+    if Backend.TORCH not in engines:
+        return detect_devices(Backend.MLX)[0]
+    (processor,) = detect_devices(Backend.TORCH, "cpu")
     is_packed_so = facts.quantization is not None and facts.quantization.kind in MLX_MODES
     by_mlx = is_packed_so and any(name.endswith(".scales") for name in checkpoint.tensors)  # gpt-oss' own: `_scales`
-    if not by_mlx and Backend.TORCH in facts.backends & read_machine().engines:
-        return detect_devices(Backend.TORCH, "cpu")[0]
-    return detect_devices(Backend.MLX)[0]
+    if by_mlx and Backend.MLX in engines:
+        unpacked_bytes = whole_bytes(checkpoint, facts, Backend.TORCH)
+        if unpacked_bytes > measure_memory(processor).budget_bytes:
+            return detect_devices(Backend.MLX)[0]
+    return processor
 
 
 def whole_bytes(checkpoint: Checkpoint, facts: ModelFacts, backend: Backend) -> int:
     """What the reference holds at most. mlx-lm packs what its stages pack, transformers holds what is stored; but
-    where that is packed, it is unpacked into a dictionary, and from there becomes a model."""
+    where that is packed or put in other words by mlx-lm, it is read into a dictionary, and from there becomes a
+    model."""
     if backend is Backend.MLX:
         return facts.stored_bytes
     if facts.quantization is None or facts.bits is not None:
-        return read_facts(checkpoint).stored_bytes
+        from node.engines.torch.unconverted import is_converted
+
+        return (2 if is_converted(checkpoint) else 1) * read_facts(checkpoint).stored_bytes
     used = (tensor for tensor in checkpoint.tensors.values() if not isinstance(part_of(tensor.name), Unused))
     matrices = read_matrices(used, facts.quantization, str(checkpoint.folder)).values()
     return 2 * facts.dtype.size_bytes * sum(prod(matrix.shape) for matrix in matrices)

@@ -177,6 +177,24 @@ def test_a_layer_with_other_weights_is_found_alone(wrong: int, checkpoint: Check
     assert not verdict.chain.within
 
 
+@pytest.mark.parametrize("backends", [TORCH, MLX], ids="-".join)
+def test_a_wrong_input_of_a_later_layer_is_found_where_it_is_made(
+    backends: Sequence[Backend], checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    """Layer 0 makes the inputs of all layers; what it computes with its own is right."""
+    folder, name = checkpoint("gemma4_small"), "model.per_layer_model_projection.weight"
+
+    def wrong_for_the_last(weight: torch.Tensor) -> torch.Tensor:
+        by_layer = weight.unflatten(0, (6, -1)).clone()
+        by_layer[5] *= -1
+        return by_layer.flatten(0, 1)
+
+    wrong = with_tensor(folder, tmp_path / "wrong", name, wrong_for_the_last)
+    verdict = verdict_of(wrong, backends, torch_trace(folder))
+    assert wrong_layers(verdict) == {0}
+    assert [stage.within for stage in verdict.stages] == [False, True]
+
+
 def test_a_reference_with_random_weights_is_none(checkpoint: Checkpoints, tmp_path: Path) -> None:
     """transformers fills what no file holds with random numbers, and says so only in its report."""
     shutil.copytree(checkpoint("llama"), tmp_path / "model")

@@ -29,9 +29,9 @@ Integers = Callable[[str, str], tuple[Path, Reference]]
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_reference_unpacks_every_layout(layout: str, tmp_path: Path) -> None:
     packed, unpacked = quantised_checkpoint(make_checkpoint("llama", tmp_path / "llama", layers=1), layout)
-    stated = read_facts(open_checkpoint(packed)).quantization
-    assert stated is not None
-    found, expected = dequantised(packed, stated, torch.float32), load_file(unpacked / "model.safetensors")
+    checkpoint = open_checkpoint(packed)
+    stated = read_facts(checkpoint).quantization
+    found, expected = dequantised(checkpoint, stated, torch.float32), load_file(unpacked / "model.safetensors")
     assert found.keys() == expected.keys()
     for name in expected:
         assert torch.equal(found[name], expected[name]), name

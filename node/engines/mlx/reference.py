@@ -1,5 +1,5 @@
 """What a whole model computes when `mlx-lm` runs it in one process: the truth for `potluck verify` where
-`transformers` cannot be it (checkpoints packed by MLX, machines without torch).
+`transformers` cannot be it (machines without torch, or without room to unpack what MLX packed, and MLX's own formats).
 
 Shares nothing with the MLX engine: mlx-lm loads the model and makes its caches itself. Only what mlx-lm overlooks
 in newer configurations is put in its words, here and apart from the engine's translation, so that the two can

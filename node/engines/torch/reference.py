@@ -1,6 +1,8 @@
 """What a whole model computes when `transformers` runs it in one process: the truth for `potluck verify`.
 
-Shares nothing with the torch engine: their loading, their attention, their configuration's reading.
+Shares neither loading nor attention nor the reading of configurations with the torch engine. Of packed checkpoints
+both are told by `cluster.models.matrices` which tensors make a matrix, and in how many bits; what the bits mean and
+what mlx-lm calls things is written apart (`dequantised`, `unconverted`).
 """
 
 from __future__ import annotations
@@ -14,14 +16,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.utils.logging import disable_progress_bar
 
 from cluster.errors import ModelError
+from cluster.models.checkpoint import open_checkpoint
 from cluster.models.facts import ModelFacts
 from cluster.models.families import family_of
+from cluster.models.formats import MLX_MODES
 from cluster.models.layout import Unused, part_of
 from cluster.models.quantising import inputs_last, is_packed_at_load, is_turned
 from node.comparison import Floats, Trace, drawn_tokens
 from node.engines.torch.dequantised import dequantised
 from node.engines.torch.quantising import rounded
 from node.engines.torch.tensors import TORCH_DTYPES
+from node.engines.torch.unconverted import is_converted, unconverted
 from node.hardware import Device
 
 
@@ -69,10 +74,20 @@ def _load(folder: Path, facts: ModelFacts) -> Any:
         auto: Any = AutoModelForCausalLM if generative else AutoModelForImageTextToText
         source: Any = folder
         named: dict[str, object] = {}
-        if facts.bits is None and facts.quantization is not None:
-            numbers = dequantised(folder, facts.quantization, TORCH_DTYPES[facts.dtype])
-            auto, source, named = auto._model_mapping[type(config)], None, {"config": config, "state_dict": numbers}
-            del config.quantization_config
+        checkpoint = open_checkpoint(folder)
+        stated = facts.quantization if facts.bits is None else None
+        in_words_of_mlx = is_converted(checkpoint) or (stated is not None and stated.kind in MLX_MODES)
+        if stated is not None or in_words_of_mlx:
+            auto = auto._model_mapping[type(config)]
+            vars(config).pop("quantization_config", None)
+            if not isinstance(config, auto.config_class):  # the class is of the text model alone
+                config = config.get_text_config()
+            numbers = dequantised(checkpoint, stated, TORCH_DTYPES[facts.dtype])
+            if in_words_of_mlx:
+                with torch.device("meta"):
+                    own_names = auto(config).state_dict()
+                numbers = unconverted(numbers, facts.model_type, own_names)
+            source, named = None, {"config": config, "state_dict": numbers}
         model, report = auto.from_pretrained(
             source,
             **named,
