@@ -29,6 +29,7 @@ class TimedOutcome:
     elapsed_s: float
     rows: int
     tokens: int
+    worked_s: float = 0.0  # of it the coordinator's own processor time
 
     @property
     def marks(self) -> tuple[StageMark, ...]:
@@ -40,10 +41,17 @@ class TimedOutcome:
         busy_s = sum(mark.receive_s + mark.queue_s + mark.compute_s for mark in self.marks)
         return max(0.0, self.elapsed_s - busy_s)
 
+    @property
+    def away_s(self) -> float:
+        """Time on links: what neither a stage nor the coordinator's own work accounts for."""
+        stages_s = sum(mark.queue_s + mark.compute_s for mark in self.marks)
+        return max(0.0, self.elapsed_s - stages_s - self.worked_s)
+
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
     at_s: float
+    cpu_s: float
     rows: int
     tokens: int
 
@@ -83,7 +91,7 @@ class Pipeline:
 
     def send(self, step: Step) -> None:
         """Dispatch `step`; it leaves in the order of the calls."""
-        self._sent[step.id] = _Sent(self._now(), len(step.rows), step.token_count)
+        self._sent[step.id] = _Sent(self._now(), time.thread_time(), len(step.rows), step.token_count)
         self._outbox.put_nowait(step)
 
     async def run(self, on_outcome: Callable[[TimedOutcome], None]) -> None:
@@ -114,7 +122,8 @@ class Pipeline:
             sent = self._sent.pop(decoded.result.step, None)
             if sent is not None:
                 self._answered = True
-                on_outcome(TimedOutcome(decoded.result, self._now() - sent.at_s, sent.rows, sent.tokens))
+                worked_s = time.thread_time() - sent.cpu_s
+                on_outcome(TimedOutcome(decoded.result, self._now() - sent.at_s, sent.rows, sent.tokens, worked_s))
         raise NodeLost("the last stage hung up")
 
     async def _watch_deadlines(self) -> None:

@@ -1,8 +1,9 @@
 """Decides what each step computes. A pure state machine: it is told what happened, and when, and answers with steps
 and events; it has no clock, no tasks and no sockets.
 
-Decode rows go first, then chunks of prompts. With P stages, P steps are in flight and the decoding sequences are spread
-over them. Who has room in the caches is `admission`'s to say, and how large chunks are `pacing`'s.
+Decode rows go first, then chunks of prompts. With P stages, P steps are in flight, more where links are slow, and the
+decoding sequences are spread over them. Who has room in the caches is `admission`'s to say, how large chunks are
+`pacing`'s, and how many steps are in flight `spreading`'s.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from coordinator.pacing import Pace
 from coordinator.prefix_cache import PrefixCache, PrefixStatus
 from coordinator.promises import Promises
 from coordinator.sequence import EndReason, SequenceAsk, SequenceState
+from coordinator.spreading import Spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,8 @@ class Scheduler:
         self._prefixes = prefixes or PrefixCache(room)
         self._turns = Turns()  # of prompts to be computed
         self._pace = pace or Pace(room.stages)
+        self._spread = Spread(room.stages, self._pace)
+        self._steps = room.stages  # at most so many in flight, as of the last choice
         self._live: dict[SequenceId, SequenceState] = {}  # waiting or running
         self._in_flight: dict[StepId, _Dispatched] = {}
         self._verbs: list[CacheVerb] = []
@@ -135,7 +139,7 @@ class Scheduler:
 
     def next_step(self, now: float) -> Step | None:
         """The next step to dispatch, or None until an outcome or a request changes something."""
-        if len(self._in_flight) >= self._room.stages:
+        if len(self._in_flight) >= self._steps:
             return None
         # Drops come first in a step on every stage, so their room counts as free from here on.
         for state in self._admission.admit(now):
@@ -166,7 +170,8 @@ class Scheduler:
             return _Dispatched((suspect.take_row(self._budget),), 0, paced=True)
         answering = [state for state in running if state.answering]
         decoding = [state for state in answering if state.decoding]
-        share = min(-(-len(answering) // self._room.stages), STEP_ROWS_MAX, self._budget)
+        self._steps = self._spread.steps(len(answering))
+        share = min(-(-len(answering) // self._steps), STEP_ROWS_MAX, self._budget)
         rows = [state.take_row(1) for state in decoding[:share]]
         readers = sum(state.ask.lane is Lane.INTERACTIVE for state in answering)
         prompts = [state for state in running if state.prefilling and not state.alone]
@@ -197,8 +202,9 @@ class Scheduler:
 
     # -- What happened -----------------------------------------------------------------------------------
 
-    def complete(self, outcome: StepOutcome, now: float) -> list[Event]:
-        """A step came back. Outcomes of unknown steps are ignored: fail_all may have overtaken them."""
+    def complete(self, outcome: StepOutcome, now: float, away_s: float = 0.0) -> list[Event]:
+        """A step came back; it was on links for so long. Outcomes of unknown steps are ignored: fail_all may have
+        overtaken them."""
         dispatched = self._in_flight.pop(outcome.step, None)
         if dispatched is None:
             return []
@@ -214,6 +220,7 @@ class Scheduler:
             case StepDone():
                 chunk_tokens = sum(len(row.tokens) for row in rows[dispatched.decoding :])
                 self._pace.note(outcome.marks, dispatched.decoding, chunk_tokens, paced=dispatched.paced)
+                self._spread.note(outcome.marks, away_s, dispatched.decoding, chunk_tokens)
                 return self._done(outcome, rows, now)
             case StepFailed():
                 return self._failed(outcome, rows)

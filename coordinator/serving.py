@@ -119,7 +119,7 @@ class Serving:
             self._pipeline.send(step)
 
     def _on_outcome(self, timed: TimedOutcome) -> None:
-        events = self._scheduler.complete(timed.outcome, self._now())
+        events = self._scheduler.complete(timed.outcome, self._now(), timed.away_s)
         self._pump()
         drawn = sum(isinstance(event, TokenDrawn) for event in events)
         self.telemetry.note(timed, drawn=drawn, decode_only=0 < timed.tokens == timed.rows)

@@ -47,6 +47,14 @@ class Costs:
         return self.fixed_s + self.token_s * step.token_count + self.deep_s * depth
 
 
+@dataclass(frozen=True, slots=True)
+class Hops:
+    """What links take: into every stage and back, and a chunk's tokens between two stages, one after the other."""
+
+    delay_s: float = 0.0
+    token_s: float = 0.0
+
+
 class Stages:
     """Steps go in in order and come out in order."""
 
@@ -59,6 +67,7 @@ class Stages:
         failing: float = 0.0,
         forgetful: float = 0.0,
         jitter: float = 0.0,
+        hops: Hops | None = None,
     ) -> None:
         self._room = room
         self._costs = costs
@@ -68,6 +77,8 @@ class Stages:
         self._jitter = jitter
         self._caches: list[dict[SequenceId, int]] = [{} for _ in range(room.stages)]
         self._free_s = [0.0] * room.stages
+        self._hops = hops or Hops()
+        self._links_free_s = [0.0] * room.stages
 
     @property
     def held(self) -> dict[SequenceId, int]:
@@ -89,8 +100,10 @@ class Stages:
                 assert sum(cache.values()) <= self._room.kv_tokens, "more is cached than was promised"
                 assert len(cache) <= self._room.sequences, "more sequences are cached than were promised"
             took_s = self._costs.of(step) * (1 + self._jitter * self._rng.random())
-            now = self._free_s[index] = max(now, self._free_s[index]) + took_s
-            marks.append(StageMark(index, 0.0, 0.0, took_s))
+            came_s = self._cross(index, step, now)
+            now = self._free_s[index] = max(came_s, self._free_s[index]) + took_s
+            marks.append(StageMark(index, 0.0, max(0.0, now - took_s - came_s), took_s))
+        now += self._hops.delay_s
         honoured = tuple(Honoured(seq, length) for seq, length in kept.items())
         if failure is not None:
             return now, replace(failure, honoured=honoured)
@@ -100,6 +113,14 @@ class Stages:
             if row.draw is not None
         )
         return now, StepDone(step.id, drawn, honoured, tuple(marks))
+
+    def _cross(self, index: int, step: Step, now: float) -> float:
+        """When the step has come to this stage."""
+        if index:
+            now = self._links_free_s[index] = (
+                max(now, self._links_free_s[index]) + self._hops.token_s * step.token_count
+            )
+        return now + self._hops.delay_s
 
     def _obey(self, verbs: tuple[CacheVerb, ...], cache: dict[SequenceId, int], kept: dict[SequenceId, int]) -> None:
         for verb in verbs:

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from cluster.errors import AtCapacity
-from cluster.steps import Draw, Drop, StepOutcome
-from cluster.types import SequenceId
+from cluster.steps import Draw, Drop, StepDone, StepOutcome
+from cluster.types import SequenceId, StepId
 from coordinator.lanes import Lane
 from coordinator.scheduler import Scheduler, SequenceEnded, SequenceExpired, SequenceFailed, TokenDrawn
 from coordinator.sequence import SequenceAsk
@@ -70,6 +70,8 @@ class World:
         self._now = 0.0
         self._order = itertools.count()
         self._agenda: list[tuple[float, int, Arrival | SequenceId | StepOutcome | None]] = []
+        self._sent_s: dict[StepId, float] = {}
+        self.in_flight: list[tuple[float, int]] = []  # with each new step
 
     def run(self) -> dict[SequenceId, Life]:
         """Until nothing is left to happen."""
@@ -88,13 +90,18 @@ class World:
                 case int():
                     self._leave(what)
                 case _:
-                    self._hear(self.scheduler.complete(what, self._now))
+                    self._hear(self.scheduler.complete(what, self._now, self._away_s(what)))
             self._dispatch()
         self._check_idle()
         return self.lives
 
     def _plan(self, at_s: float, what: Arrival | SequenceId | StepOutcome | None) -> None:
         heapq.heappush(self._agenda, (at_s, next(self._order), what))
+
+    def _away_s(self, outcome: StepOutcome) -> float:
+        elapsed_s = self._now - self._sent_s.pop(outcome.step)
+        marks = outcome.marks if isinstance(outcome, StepDone) else ()
+        return elapsed_s - sum(mark.queue_s + mark.compute_s for mark in marks)
 
     def _tick(self) -> None:
         self._hear(self.scheduler.expire(self._now))
@@ -126,6 +133,8 @@ class World:
                 held for seq, held in self.stages.held.items() if not self.lives[seq].end
             ), "a running sequence has more in the caches than was promised to it"
             self._plan(at_s, outcome)
+            self._sent_s[step.id] = self._now
+            self.in_flight.append((self._now, self.scheduler.in_flight))
         if not (self.scheduler.running or self.scheduler.waiting or self.scheduler.in_flight):
             self._check_idle()
 
