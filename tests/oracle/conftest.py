@@ -64,3 +64,36 @@ def integers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], t
         return packed, decisive_reference(model, prompt_tokens=40, count=LAST_TOKENS, tolerance=TOLERANCE)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
+    """A checkpoint of a family as `mlx_lm.convert` writes it, and the same numbers as transformers stores them; read
+    only."""
+    from tests.converted import convert, unconverted
+
+    @cache
+    def make(
+        family: str, bits: int | None = 4, mode: str = "affine", group: int = 32, **others: object
+    ) -> tuple[Path, Path]:
+        folder = tmp_path_factory.mktemp(f"{family}_converted")
+        wide = {"hidden_size": 2 * group} if group > 32 else {}  # groups have to divide it
+        plain = make_checkpoint(family, folder / "plain", **(wide | others))  # type: ignore[arg-type]
+        packed = convert(plain, folder / "packed", bits=bits, group=group, mode=mode)
+        return packed, unconverted(packed, folder / "unpacked")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def unpacked_answer(converted: Callable[..., tuple[Path, Path]]) -> Callable[..., Reference]:
+    """A decisive continuation by `transformers` of the same numbers in full precision."""
+
+    @cache
+    def make(
+        family: str, prompt_tokens: int = 40, bits: int | None = 4, mode: str = "affine", group: int = 32
+    ) -> Reference:
+        whole = WholeModel(converted(family, bits, mode, group)[1])
+        return decisive_reference(whole, prompt_tokens=prompt_tokens, count=LAST_TOKENS, tolerance=TOLERANCE)
+
+    return make

@@ -12,7 +12,7 @@ pytest.importorskip("mlx_lm", reason="the MLX engine needs the extra [mlx]")
 
 from node.engines.mlx.engine import MlxEngine
 from node.engines.torch.engine import TorchEngine
-from tests.checkpoints import MORE_FAMILIES, make_checkpoint
+from tests.checkpoints import MORE_FAMILIES, STATE_FAMILIES, make_checkpoint
 from tests.oracle.conftest import TOLERANCE
 from tests.oracle.mlx_reference import experts_in_stacks
 from tests.oracle.pipelines import greedy, load_pipeline, ragged, run_prefill, stage_specs
@@ -45,8 +45,8 @@ def test_rows_of_a_ragged_batch_do_not_see_each_other(
         assert_equal(ids, logits, answer)
 
 
-@pytest.mark.parametrize("makers", MIXED[:2])
-@pytest.mark.parametrize("family", ["lfm2", "qwen3_next", "qwen3_5", "qwen3_5_moe"])
+@pytest.mark.parametrize("makers", MIXED)
+@pytest.mark.parametrize("family", STATE_FAMILIES)
 def test_states_stay_on_the_stage_that_keeps_them(
     family: str, makers: Makers, checkpoint: Checkpoints, reference: Callable[..., Reference]
 ) -> None:

@@ -1,10 +1,9 @@
 """Checkpoints as `mlx_lm.convert` writes them, on the torch engine: equal to transformers with the same numbers in
-full precision, alone and together with MLX."""
+full precision. Which families run so, on either engine and on both, is in `test_packed_families`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,88 +25,22 @@ from tests.checkpoints import make_checkpoint
 from tests.converted import convert, unconverted
 from tests.oracle.conftest import TOLERANCE
 from tests.oracle.pipelines import greedy, load_pipeline, ragged, run_prefill, stage_specs
-from tests.oracle.reference import LAST_TOKENS, Reference, WholeModel, assert_same, decisive_reference, random_prompt
-from tests.oracle.test_mlx_families import AS_MLX_LM_COMPUTES_THEM
+from tests.oracle.reference import LAST_TOKENS, Reference, WholeModel, assert_same, random_prompt
 
 FAMILIES = ("llama", "gemma3", "qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_next", "qwen3_5", "lfm2", "phi3")
 """Separate and fused matrices, tied heads, experts of three kinds, latents, and states."""
-
-MORE = ("gemma4", "gemma4_small", "qwen3_5_moe", "llama4")
-"""Packed tables of layers' own inputs, and stacks of experts under two more names."""
-
-PLAIN = ("qwen2", "qwen3", "mistral", "ministral3", "gemma2", "olmo2", "olmo3", "glm4")
-"""Nothing about them is new to packing; each is a folder that people have."""
 
 Made = Callable[..., tuple[Path, Path]]
 Answers = Callable[..., Reference]
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """A converted checkpoint, and the same numbers as transformers stores them."""
-
-    @cache
-    def make(
-        family: str, bits: int | None = 4, mode: str = "affine", group: int = 32, **others: object
-    ) -> tuple[Path, Path]:
-        folder = tmp_path_factory.mktemp(family)
-        wide = {"hidden_size": 2 * group} if group > 32 else {}  # groups have to divide it
-        settings = {**AS_MLX_LM_COMPUTES_THEM.get(family, {}), **wide, **others}
-        plain = make_checkpoint(family, folder / "plain", **settings)
-        packed = convert(plain, folder / "packed", bits=bits, group=group, mode=mode)
-        return packed, unconverted(packed, folder / "unpacked")
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def answer(made: Made) -> Answers:
-    """A decisive continuation by transformers of the same numbers in full precision."""
-
-    @cache
-    def make(
-        family: str, prompt_tokens: int = 40, bits: int | None = 4, mode: str = "affine", group: int = 32
-    ) -> Reference:
-        whole = WholeModel(made(family, bits, mode, group)[1])
-        return decisive_reference(whole, prompt_tokens=prompt_tokens, count=LAST_TOKENS, tolerance=TOLERANCE)
-
-    return make
-
-
-@pytest.mark.parametrize(
-    ("family", "cuts"), [("llama", ()), ("gemma3", ()), ("deepseek_v3", ()), *((family, (2, 4)) for family in FAMILIES)]
-)
-def test_a_packed_checkpoint_equals_transformers_on_the_unpacked_weights(
-    family: str, cuts: tuple[int, ...], made: Made, answer: Answers
-) -> None:
-    expected = answer(family)
-    specs = stage_specs(made(family)[0], cuts)
-    engines = load_pipeline([TorchEngine] * len(specs), specs)
-    assert_same(*greedy(engines, expected.prompt, len(expected.ids), chunks=(17,)), expected, tolerance=TOLERANCE)
-
-
-@pytest.mark.parametrize(
-    ("family", "makers"),
-    [
-        *((family, (TorchEngine, MlxEngine)) for family in FAMILIES + MORE + PLAIN),
-        *((family, (MlxEngine, TorchEngine)) for family in ("gemma3", "qwen3_moe")),
-    ],
-)
-def test_the_same_packed_file_runs_on_both_engines_together(
-    family: str, makers: tuple[type, ...], made: Made, answer: Answers
-) -> None:
-    expected = answer(family)
-    engines = load_pipeline(makers, stage_specs(made(family)[0], (3,)))
-    assert_same(*greedy(engines, expected.prompt, len(expected.ids)), expected, tolerance=TOLERANCE)
-
-
 @pytest.mark.parametrize("makers", [(TorchEngine,), (MlxEngine,), (TorchEngine, MlxEngine)])
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt_oss"])
 def test_four_bit_floats_run_on_both_engines(
-    family: str, makers: tuple[type, ...], made: Made, answer: Answers
+    family: str, makers: tuple[type, ...], converted: Made, unpacked_answer: Answers
 ) -> None:
-    expected = answer(family, mode="mxfp4")
-    engines = load_pipeline(makers, stage_specs(made(family, 4, "mxfp4")[0], (3,) * (len(makers) - 1)))
+    expected = unpacked_answer(family, mode="mxfp4")
+    engines = load_pipeline(makers, stage_specs(converted(family, 4, "mxfp4")[0], (3,) * (len(makers) - 1)))
     assert_same(*greedy(engines, expected.prompt, len(expected.ids)), expected, tolerance=TOLERANCE)
 
 
@@ -115,29 +48,29 @@ def test_four_bit_floats_run_on_both_engines(
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("bits", [4, 6, 8])
 def test_widths_and_groups_that_people_use_run_on_both_engines(
-    bits: int, group: int, makers: tuple[type, ...], made: Made, answer: Answers
+    bits: int, group: int, makers: tuple[type, ...], converted: Made, unpacked_answer: Answers
 ) -> None:
-    expected = answer("llama", bits=bits, group=group)
-    packed, _ = made("llama", bits, "affine", group)
+    expected = unpacked_answer("llama", bits=bits, group=group)
+    packed, _ = converted("llama", bits, "affine", group)
     engines = load_pipeline(makers, stage_specs(packed, (3,) * (len(makers) - 1)))
     assert_same(*greedy(engines, expected.prompt, len(expected.ids)), expected, tolerance=TOLERANCE)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-def test_rows_of_a_ragged_batch_share_packed_experts(family: str, made: Made, answer: Answers) -> None:
-    expected = [answer(family, tokens) for tokens in (11, 40)]
-    engines = load_pipeline([TorchEngine] * 2, stage_specs(made(family)[0], (3,)))
+def test_rows_of_a_ragged_batch_share_packed_experts(family: str, converted: Made, unpacked_answer: Answers) -> None:
+    expected = [unpacked_answer(family, tokens) for tokens in (11, 40)]
+    engines = load_pipeline([TorchEngine] * 2, stage_specs(converted(family)[0], (3,)))
     found = ragged(engines, [reference.prompt for reference in expected], LAST_TOKENS)
     for (ids, logits), reference in zip(found, expected, strict=True):
         assert_same(ids, logits, reference, tolerance=TOLERANCE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_checkpoint_converted_in_full_precision_is_read_as_well(family: str, made: Made) -> None:
-    converted, original = made(family, None)
+def test_a_checkpoint_converted_in_full_precision_is_read_as_well(family: str, converted: Made) -> None:
+    folder, original = converted(family, None)
     prompt = random_prompt(30, seed=1)
     expected = WholeModel(original).logits(prompt)[-1]
-    engines = load_pipeline([TorchEngine] * 2, stage_specs(converted, (3,)))
+    engines = load_pipeline([TorchEngine] * 2, stage_specs(folder, (3,)))
     np.testing.assert_allclose(run_prefill(engines, prompt), expected, rtol=0, atol=TOLERANCE)
 
 
@@ -167,8 +100,8 @@ def test_matrices_with_more_bits_than_stated_are_computed(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_stage_takes_what_the_plan_was_told(family: str, made: Made) -> None:
-    folder = made(family)[0]
+def test_a_stage_takes_what_the_plan_was_told(family: str, converted: Made) -> None:
+    folder = converted(family)[0]
     facts = read_facts(open_checkpoint(folder))
     for spec in stage_specs(folder, (2, 4)):
         (engine,) = load_pipeline([TorchEngine], [spec])
@@ -196,8 +129,8 @@ WIDE_LATENTS = {"kv_lora_rank": 64, "qk_nope_head_dim": 32}
 """As many as groups are wide, so that what expands latents is packed as well."""
 
 
-def test_packed_expansions_of_latents_are_computed(made: Made) -> None:
-    packed, unpacked = made("deepseek_v3", **WIDE_LATENTS)
+def test_packed_expansions_of_latents_are_computed(converted: Made) -> None:
+    packed, unpacked = converted("deepseek_v3", **WIDE_LATENTS)
     stored = open_checkpoint(packed).tensors
     assert "model.layers.0.self_attn.embed_q.scales" in stored
     assert "model.layers.0.self_attn.unembed_out.scales" in stored
@@ -206,9 +139,9 @@ def test_packed_expansions_of_latents_are_computed(made: Made) -> None:
     np.testing.assert_allclose(found, WholeModel(unpacked).logits(prompt)[-1], rtol=0, atol=TOLERANCE)
 
 
-def test_an_older_conversion_of_latents_runs_on_torch_and_is_refused_by_mlx(made: Made, tmp_path: Path) -> None:
+def test_an_older_conversion_of_latents_runs_on_torch_and_is_refused_by_mlx(converted: Made, tmp_path: Path) -> None:
     """mlx-lm would take the matrix apart and pack the parts anew, which gives other numbers."""
-    packed = made("deepseek_v3", **WIDE_LATENTS)[0]
+    packed = converted("deepseek_v3", **WIDE_LATENTS)[0]
     folder = with_one_expansion(packed, packed.with_name("plain"), tmp_path / "older")
     assert read_facts(open_checkpoint(folder)).backends == {Backend.TORCH}
     prompt = random_prompt(30, seed=1)
@@ -227,11 +160,11 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_mutants_fail(name: str, made: Made, answer: Answers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutants_fail(name: str, converted: Made, unpacked_answer: Answers, monkeypatch: pytest.MonkeyPatch) -> None:
     values = Affine.values
     monkeypatch.setattr(Affine, "values", lambda matrix: values(MUTANTS[name](matrix)))
-    expected = answer("llama")
-    engines = load_pipeline([TorchEngine] * 2, stage_specs(made("llama")[0], (3,)))
+    expected = unpacked_answer("llama")
+    engines = load_pipeline([TorchEngine] * 2, stage_specs(converted("llama")[0], (3,)))
     with pytest.raises(AssertionError):
         assert_same(*greedy(engines, expected.prompt, 8), expected, tolerance=TOLERANCE)
 
