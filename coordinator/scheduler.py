@@ -16,48 +16,13 @@ from cluster.steps import CacheVerb, Row, Step, StepDone, StepFailed, StepOutcom
 from cluster.types import SequenceId, StepId
 from coordinator.admission import Admission, Room
 from coordinator.deadlines import Limit, Times
+from coordinator.events import Event, PrefixCached, SequenceEnded, SequenceExpired, SequenceFailed, TokenDrawn
 from coordinator.lanes import Lane, Turns
 from coordinator.pacing import Pace
 from coordinator.prefix_cache import PrefixCache, PrefixStatus
 from coordinator.promises import Promises
-from coordinator.sequence import EndReason, SequenceAsk, SequenceState
+from coordinator.sequence import SequenceAsk, SequenceState
 from coordinator.spreading import Spread
-
-
-@dataclass(frozen=True, slots=True)
-class PrefixCached:
-    """The first tokens of its prompt were not computed again. Told with its first token, where there are any."""
-
-    seq: SequenceId
-    tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class TokenDrawn:
-    seq: SequenceId
-    token: int
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceEnded:
-    seq: SequenceId
-    reason: EndReason
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceFailed:
-    seq: SequenceId
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceExpired:
-    """It took longer than `seconds`, which a limit of its own or of the server allows."""
-
-    seq: SequenceId
-    limit: Limit
-    seconds: float
-    asked: bool  # the limit was the request's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +32,6 @@ class _Dispatched:
     rows: tuple[Row, ...]
     decoding: int  # how many of the rows compute a drawn token; the others are chunks
     paced: bool  # somebody read along when its chunks were chosen
-
-
-Event = PrefixCached | TokenDrawn | SequenceEnded | SequenceFailed | SequenceExpired
 
 
 class Scheduler:

@@ -14,6 +14,7 @@ from cluster.limits import BATCH_TIMEOUT_S
 from cluster.steps import Sampling
 from cluster.types import SequenceId
 from coordinator.deadlines import SERVER_DEADLINES, Deadlines, Limit
+from coordinator.events import PrefixCached, SequenceEnded, SequenceExpired, SequenceFailed, TokenDrawn
 from coordinator.generation import (
     Choice,
     ChoiceEnd,
@@ -25,7 +26,6 @@ from coordinator.generation import (
     TokenEvent,
 )
 from coordinator.lanes import Lane
-from coordinator.scheduler import PrefixCached, SequenceEnded, SequenceExpired, SequenceFailed, TokenDrawn
 from coordinator.sequence import SequenceAsk
 from coordinator.serving import Serving, first_token
 from coordinator.unread import Unread

@@ -14,17 +14,10 @@ from collections.abc import Callable, Sequence
 from cluster.errors import NotReady, PotluckError
 from cluster.types import SequenceId
 from coordinator.admission import Room
+from coordinator.events import Event, PrefixCached, SequenceEnded, SequenceExpired, SequenceFailed, TokenDrawn
 from coordinator.pipeline import Pipeline, TimedOutcome
 from coordinator.prefix_cache import PrefixCache, PrefixStatus
-from coordinator.scheduler import (
-    Event,
-    PrefixCached,
-    Scheduler,
-    SequenceEnded,
-    SequenceExpired,
-    SequenceFailed,
-    TokenDrawn,
-)
+from coordinator.scheduler import Scheduler
 from coordinator.sequence import SequenceAsk
 from coordinator.telemetry import Telemetry
 

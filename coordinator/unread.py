@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from cluster.errors import RequestError
 from cluster.limits import UNREAD_TOKENS_MAX
-from coordinator.scheduler import Event
+from coordinator.events import Event
 
 
 class Unread:

@@ -19,9 +19,10 @@ from cluster.rewinding import WaysBack
 from cluster.steps import Boundary, Row, Sampling
 from cluster.types import DeploymentId, Epoch, SequenceId
 from coordinator.admission import Room
+from coordinator.events import SequenceFailed, TokenDrawn
 from coordinator.pacing import Pace
 from coordinator.prefix_cache import PrefixCache
-from coordinator.scheduler import Scheduler, SequenceFailed, TokenDrawn
+from coordinator.scheduler import Scheduler
 from coordinator.sequence import SequenceAsk
 from node.stage import StageRunner
 from tests.oracle.conftest import TOLERANCE

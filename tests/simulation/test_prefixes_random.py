@@ -19,10 +19,11 @@ from cluster.rewinding import EXACT, Rewind, WaysBack
 from cluster.steps import Drawn, Drop, Fork, Honoured, Move, Sampling, Step, StepDone, StepFailed, StepOutcome, Trim
 from cluster.types import SequenceId
 from coordinator.admission import Room
+from coordinator.events import PrefixCached, SequenceEnded, SequenceFailed, TokenDrawn
 from coordinator.lanes import Lane
 from coordinator.prefix_cache import PrefixCache
 from coordinator.promises import Promises
-from coordinator.scheduler import PrefixCached, Scheduler, SequenceEnded, SequenceFailed, TokenDrawn
+from coordinator.scheduler import Scheduler
 from coordinator.sequence import SequenceAsk
 
 END, VOCABULARY = 0, 6

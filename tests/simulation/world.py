@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from cluster.errors import AtCapacity
 from cluster.steps import Draw, Drop, StepDone, StepOutcome
 from cluster.types import SequenceId, StepId
+from coordinator.events import SequenceEnded, SequenceExpired, SequenceFailed, TokenDrawn
 from coordinator.lanes import Lane
-from coordinator.scheduler import Scheduler, SequenceEnded, SequenceExpired, SequenceFailed, TokenDrawn
+from coordinator.scheduler import Scheduler
 from coordinator.sequence import SequenceAsk
 from tests.simulation.stages import END, Stages, token_at
 

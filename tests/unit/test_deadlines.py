@@ -5,7 +5,7 @@ from __future__ import annotations
 from cluster.steps import Drop
 from cluster.types import SequenceId
 from coordinator.deadlines import Deadlines, Limit
-from coordinator.scheduler import SequenceExpired
+from coordinator.events import SequenceExpired
 from tests.unit.test_scheduler import ask, done, scheduler
 
 LIMITS = Deadlines(queue_s=10, first_token_s=20, between_tokens_s=5, total_s=60)

@@ -9,9 +9,10 @@ from cluster.steps import CacheVerb, Drawn, Drop, Fork, Honoured, Move, Sampling
 from cluster.types import SequenceId
 from coordinator.admission import Room
 from coordinator.deadlines import Times
+from coordinator.events import Event, PrefixCached
 from coordinator.lanes import Lane
 from coordinator.prefix_cache import AWAITED_TOKENS_MIN, SHARED_TOKENS_MIN, PrefixCache
-from coordinator.scheduler import Event, PrefixCached, Scheduler
+from coordinator.scheduler import Scheduler
 from coordinator.sequence import SequenceAsk, SequenceState
 
 END = 2

@@ -11,8 +11,9 @@ from cluster.limits import QUEUED_REQUESTS_MAX, SEQUENCES_MAX
 from cluster.steps import Drawn, Drop, Honoured, Sampling, Step, StepDone, StepFailed, StepOutcome, Trim
 from cluster.types import SequenceId
 from coordinator.admission import Room
+from coordinator.events import Event, SequenceEnded, SequenceFailed, TokenDrawn
 from coordinator.prefix_cache import PrefixCache
-from coordinator.scheduler import Event, Scheduler, SequenceEnded, SequenceFailed, TokenDrawn
+from coordinator.scheduler import Scheduler
 from coordinator.sequence import EndReason, SequenceAsk
 
 END = 2

@@ -8,7 +8,7 @@ import pytest
 
 from cluster.errors import RequestError
 from cluster.types import SequenceId
-from coordinator.scheduler import TokenDrawn
+from coordinator.events import TokenDrawn
 from coordinator.unread import Unread
 
 
