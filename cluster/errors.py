@@ -93,12 +93,12 @@ class NotReady(ClusterError):
 
 
 class DeadlineExceeded(ClusterError):
-    """A request took too long. `code` names the limit; `asked`: the request set it itself."""
+    """A request took too long. `code` names the limit; `field` is the request's own that set it, if one did."""
 
-    def __init__(self, message: str, *, code: str, asked: bool) -> None:
+    def __init__(self, message: str, *, code: str, field: str | None) -> None:
         super().__init__(message)
         self.code = code
-        self.asked = asked
+        self.field = field
 
 
 class BadLogits(ClusterError):

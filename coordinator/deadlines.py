@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,12 +16,17 @@ from cluster.limits import (
 
 
 class Limit(enum.StrEnum):
-    """What a sequence took too long for."""
+    """What a sequence took too long for. Options, request fields and error codes are named after these."""
 
     QUEUE = "queue"
     FIRST_TOKEN = "first_token"  # noqa: S105 - no password
-    BETWEEN_TOKENS = "between_tokens"
+    BETWEEN_TOKENS = "token"
     TOTAL = "total"
+
+    @property
+    def field(self) -> str:
+        """The field in which a request wishes for it."""
+        return "timeout" if self is Limit.TOTAL else f"{self.value}_timeout"
 
 
 @dataclass(slots=True)
@@ -40,7 +46,16 @@ class Deadlines:
     first_token_s: float = FIRST_TOKEN_TIMEOUT_S  # from then on until its first token
     between_tokens_s: float = BETWEEN_TOKENS_TIMEOUT_S
     total_s: float = REQUEST_TIMEOUT_S  # from its arrival to its end
-    asked: bool = False  # whether the total is the request's own wish
+    asked: frozenset[Limit] = frozenset()  # those that are the request's own wish
+
+    def shortened(self, wishes: Mapping[Limit, float]) -> Deadlines:
+        """With what a request wishes itself: it may shorten its time, not lengthen it."""
+        shorter = {limit: wished_s for limit, wished_s in wishes.items() if wished_s < self.seconds(limit)}
+        queue_s, first_token_s, between_tokens_s, total_s = (
+            shorter.get(limit, self.seconds(limit))
+            for limit in (Limit.QUEUE, Limit.FIRST_TOKEN, Limit.BETWEEN_TOKENS, Limit.TOTAL)
+        )
+        return Deadlines(queue_s, first_token_s, between_tokens_s, total_s, self.asked | shorter.keys())
 
     def passed(self, times: Times, now: float) -> Limit | None:
         """The limit that has passed, if one has."""

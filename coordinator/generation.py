@@ -7,11 +7,12 @@ ids live on the other: end of sequence, max_tokens, min_tokens, room in the cach
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from cluster.errors import RequestError
 from cluster.steps import Sampling
+from coordinator.deadlines import Limit
 from coordinator.lanes import Lane
 from coordinator.sequence import EndReason
 from coordinator.text.model import TextModel
@@ -42,7 +43,7 @@ class GenerationRequest:
     client: str = ""  # whoever asks; clients take turns
     salt: str = ""  # only prompts with the same one share what stages have of them
     lane: Lane = Lane.INTERACTIVE
-    timeout_s: float | None = None  # for everything, from the arrival to the last token
+    timeouts_s: Mapping[Limit, float] = field(default_factory=dict)  # its own wishes, for each choice
 
     def choices(self, context_tokens: int) -> Iterator[Choice]:
         """The sequences to generate. The noise knows a choice's place among the n of its prompt, not its index: a
@@ -119,9 +120,9 @@ class Generator(Protocol):
         ClusterError whenever the cluster cannot go on. Closing the generator cancels what is left."""
         ...
 
-    def cancel_choice(self, request_id: str, choice: int) -> None:
-        """The client has all it wants of this choice (a stop string). Events that cross with this are ignored, and
-        its ChoiceEnd need not come. Unknown choices are no error."""
+    def finish_choice(self, request_id: str, choice: int) -> None:
+        """This choice has come to its end in the text (a stop string): an answer like any other. Events that cross
+        with this are ignored, and its ChoiceEnd need not come. Unknown choices are no error."""
         ...
 
     async def ready(self) -> Ready:

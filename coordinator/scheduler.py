@@ -15,7 +15,7 @@ from cluster.limits import STEP_ROWS_MAX, STEP_TOKENS_MAX
 from cluster.steps import CacheVerb, Row, Step, StepDone, StepFailed, StepOutcome, Trim
 from cluster.types import SequenceId, StepId
 from coordinator.admission import Admission, Room
-from coordinator.deadlines import Limit, Times
+from coordinator.deadlines import Times
 from coordinator.events import Event, PrefixCached, SequenceEnded, SequenceExpired, SequenceFailed, TokenDrawn
 from coordinator.lanes import Lane, Turns
 from coordinator.pacing import Pace
@@ -75,6 +75,11 @@ class Scheduler:
         if seq in self._live:
             self._finish(self._live[seq])
 
+    def finish(self, seq: SequenceId) -> None:
+        """It has ended well, as whoever reads it found. That teaches how long answers are; a cancelled one does not."""
+        if seq in self._live:
+            self._finish(self._live[seq], well=True)
+
     def expire(self, now: float) -> list[Event]:
         """Whoever took too long ends here."""
         events: list[Event] = []
@@ -82,7 +87,7 @@ class Scheduler:
             deadlines = state.ask.deadlines
             limit = deadlines.passed(state.times, now)
             if limit is not None:
-                asked = limit is Limit.TOTAL and deadlines.asked
+                asked = limit in deadlines.asked
                 events.append(SequenceExpired(state.ask.seq, limit, deadlines.seconds(limit), asked))
                 self._finish(state)
         return events

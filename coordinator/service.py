@@ -129,7 +129,7 @@ class InferenceService:
             raise RequestError("the prompt leaves no room for an answer", code="context_length_exceeded")
         mine = _Open(serving, {choice.index: seq for seq, choice in choices.items()})
         events = Unread(lambda: serving.cancel(list(mine.live.values())))
-        deadlines = _wished(self._deadlines[request.lane], request.timeout_s)
+        deadlines = self._deadlines[request.lane].shortened(request.timeouts_s)
         # How long the first choice waits for room is the request's wait; the others may wait for the first one's.
         patient = replace(deadlines, queue_s=deadlines.total_s)
         asks = [
@@ -159,11 +159,11 @@ class InferenceService:
             serving.cancel(list(mine.live.values()))
             del self._open[request.id]
 
-    def cancel_choice(self, request_id: str, choice: int) -> None:
+    def finish_choice(self, request_id: str, choice: int) -> None:
         mine = self._open.get(request_id)
         seq = mine.live.pop(choice, None) if mine else None
         if mine is not None and seq is not None:
-            mine.serving.cancel([seq])
+            mine.serving.finish(seq)
 
     def _require(self) -> Serving:
         if self._serving is None:
@@ -188,13 +188,6 @@ def _ask(seq: SequenceId, choice: Choice, request: GenerationRequest, deadlines:
     )
 
 
-def _wished(ours: Deadlines, timeout_s: float | None) -> Deadlines:
-    """A request may shorten its time, not lengthen it."""
-    if timeout_s is None or timeout_s >= ours.total_s:
-        return ours
-    return replace(ours, total_s=timeout_s, asked=True)
-
-
 def _too_late(event: SequenceExpired) -> DeadlineExceeded:
     within = f"within {event.seconds:g} s"
     match event.limit:
@@ -205,5 +198,7 @@ def _too_late(event: SequenceExpired) -> DeadlineExceeded:
         case Limit.BETWEEN_TOKENS:
             message = f"no further token {within}"
         case Limit.TOTAL:
-            message = f"the answer was not complete {within}" + (", the request's timeout" if event.asked else "")
-    return DeadlineExceeded(message, code=f"{event.limit.value}_timeout", asked=event.asked)
+            message = f"the answer was not complete {within}"
+    field = event.limit.field if event.asked else None
+    message += f" (the request's {field})" if field else ""
+    return DeadlineExceeded(message, code=f"{event.limit.value}_timeout", field=field)

@@ -78,6 +78,12 @@ class Serving:
             self._listeners[ask.seq] = listener
         self._pump()
 
+    def finish(self, seq: SequenceId) -> None:
+        """It has ended well, as its listener found in the text."""
+        if self._listeners.pop(seq, None) is not None:
+            self._scheduler.finish(seq)
+        self._pump()
+
     def cancel(self, seqs: Sequence[SequenceId]) -> None:
         """Nobody listens any more; their room in the caches is free on every stage."""
         for seq in seqs:

@@ -59,7 +59,7 @@ class FakeGenerator:
         self.failure_after = 0
         self.stuck_after: int | None = None  # hangs after so many tokens
         self.requests: list[GenerationRequest] = []
-        self.cancelled: list[tuple[str, int]] = []
+        self.ended: list[tuple[str, int]] = []  # choices whose end the API found
         self.finished: list[str] = []  # requests whose generator has run to its end or been closed
         self.readiness = Ready(True, "")
         self.reason = ""
@@ -68,8 +68,8 @@ class FakeGenerator:
     def model(self) -> ServedModel | None:
         return self.served
 
-    def cancel_choice(self, request_id: str, choice: int) -> None:
-        self.cancelled.append((request_id, choice))
+    def finish_choice(self, request_id: str, choice: int) -> None:
+        self.ended.append((request_id, choice))
 
     async def ready(self) -> Ready:
         return self.readiness

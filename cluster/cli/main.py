@@ -11,7 +11,7 @@ from cluster.cli import options as opt
 from cluster.cli.bench_options import bench
 from cluster.cli.models import app as models_app
 from cluster.cli.verify_options import verify
-from cluster.limits import QUEUE_TIMEOUT_S, REQUEST_TIMEOUT_S
+from cluster.limits import BETWEEN_TOKENS_TIMEOUT_S, FIRST_TOKEN_TIMEOUT_S, QUEUE_TIMEOUT_S, REQUEST_TIMEOUT_S
 
 app = typer.Typer(
     name="potluck",
@@ -57,6 +57,8 @@ def serve(
     users: opt.Users = 4,
     bits: opt.Bits = None,
     queue_timeout: opt.QueueTimeout = QUEUE_TIMEOUT_S,
+    first_token_timeout: opt.FirstTokenTimeout = FIRST_TOKEN_TIMEOUT_S,
+    token_timeout: opt.TokenTimeout = BETWEEN_TOKENS_TIMEOUT_S,
     request_timeout: opt.RequestTimeout = REQUEST_TIMEOUT_S,
     no_prefix_cache: Annotated[
         bool, typer.Option("--no-prefix-cache", help="Compute every prompt anew, also where another began alike.")
@@ -103,6 +105,8 @@ def serve(
             users=users,
             bits=bits,
             queue_timeout_s=queue_timeout,
+            first_token_timeout_s=first_token_timeout,
+            token_timeout_s=token_timeout,
             request_timeout_s=request_timeout,
             prefix_cache=not no_prefix_cache,
             exclude=tuple(exclude or ()),

@@ -35,7 +35,25 @@ QueueTimeout = Annotated[
         "--queue-timeout",
         metavar="SECONDS",
         min=0.1,
-        help="A request that waits longer for room is answered 504; one with priority: batch waits for a day.",
+        help="Longest wait for room; clients shorten it with `queue_timeout`. For batch: a day.",
+    ),
+]
+FirstTokenTimeout = Annotated[
+    float,
+    typer.Option(
+        "--first-token-timeout",
+        metavar="SECONDS",
+        min=0.1,
+        help="Longest time from then to the first token; clients shorten it with `first_token_timeout`. Batch: a day.",
+    ),
+]
+TokenTimeout = Annotated[
+    float,
+    typer.Option(
+        "--token-timeout",
+        metavar="SECONDS",
+        min=0.1,
+        help="Longest time between two tokens; clients shorten it with `token_timeout`. For batch: a day.",
     ),
 ]
 RequestTimeout = Annotated[

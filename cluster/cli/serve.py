@@ -43,6 +43,8 @@ class ServeCommand:
     users: int
     bits: int | None
     queue_timeout_s: float
+    first_token_timeout_s: float
+    token_timeout_s: float
     request_timeout_s: float
     prefix_cache: bool
     exclude: tuple[str, ...]
@@ -76,7 +78,12 @@ def serve_command(command: ServeCommand) -> int:
             cluster_port=command.cluster_port,
             min_nodes=command.min_nodes,
             ask=ask,
-            deadlines=Deadlines(queue_s=command.queue_timeout_s, total_s=command.request_timeout_s),
+            deadlines=Deadlines(
+                queue_s=command.queue_timeout_s,
+                first_token_s=command.first_token_timeout_s,
+                between_tokens_s=command.token_timeout_s,
+                total_s=command.request_timeout_s,
+            ),
             exclude=command.exclude,
             peers=command.peers,
             mdns=command.mdns,

@@ -93,7 +93,7 @@ async def generate(generator: Generator, job: Job) -> AsyncGenerator[Delta, None
                     text, stopped = choices[choice].push(token)
                     if stopped:
                         del choices[choice]
-                        generator.cancel_choice(request.id, choice)
+                        generator.finish_choice(request.id, choice)
                     yield Delta(choice, text, (token,), cached_tokens=cached.pop(choice, 0))
                     if stopped:
                         yield Delta(choice, "", (), EndReason.STOP)

@@ -104,7 +104,7 @@ def _job(api: Api, model: ServedModel, context_tokens: int, who: tuple[str, str]
         client=client,
         salt=key,
         lane=options.lane,
-        timeout_s=options.timeout_s,
+        timeouts_s=options.timeouts_s,
     )
     return Job(id, int(time.time()), model, options, request, api.continues)
 

@@ -66,8 +66,8 @@ def problem_of(error: Exception) -> Problem:
             # Official clients try again after both, unless they are told not to. Only who waited for room alone may
             # find some; the others would have all of it computed once more.
             headers = {} if error.code == "queue_timeout" else {"x-should-retry": "false"}
-            status, field = (408, "timeout") if error.asked else (504, None)
-            return Problem(status, "timeout_error", str(error), field, error.code, headers)
+            status = 504 if error.field is None else 408
+            return Problem(status, "timeout_error", str(error), error.field, error.code, headers)
         case NotReady():
             return Problem(503, "server_error", str(error), None, "not_ready", {"Retry-After": str(NOT_READY_RETRY_S)})
         case ClusterError():

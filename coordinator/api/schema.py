@@ -11,6 +11,7 @@ from cluster.errors import RequestError
 from cluster.limits import BATCH_TIMEOUT_S, CHOICES_MAX, STOP_CHARS_MAX, STOPS_MAX
 from cluster.steps import Sampling
 from coordinator.api.fields import Fields, checked_text, shown
+from coordinator.deadlines import Limit
 from coordinator.lanes import Lane
 from coordinator.text.model import SamplingDefaults
 
@@ -75,7 +76,7 @@ class Options:
     include_usage: bool
     return_token_ids: bool
     lane: Lane
-    timeout_s: float | None
+    timeouts_s: Mapping[Limit, float]
 
 
 def read_options(fields: Fields, defaults: SamplingDefaults, *, chat: bool) -> Options:
@@ -96,7 +97,7 @@ def read_options(fields: Fields, defaults: SamplingDefaults, *, chat: bool) -> O
         include_usage=_read_include_usage(fields, stream),
         return_token_ids=fields.flag("return_token_ids"),
         lane=_read_lane(fields),
-        timeout_s=fields.number("timeout", 0, BATCH_TIMEOUT_S, above=True),
+        timeouts_s=_read_timeouts(fields),
     )
     # These name the client's own user or cache bucket; they ask for nothing here.
     for label in ("user", "safety_identifier", "prompt_cache_key"):
@@ -171,6 +172,11 @@ def _read_lane(fields: Fields) -> Lane:
             f"priority ({priority}) and service_tier ({tier}) say different things; send one of them", field="priority"
         )
     return lane or _LANE_OF_TIER[tier or "auto"]
+
+
+def _read_timeouts(fields: Fields) -> dict[Limit, float]:
+    wishes = {limit: fields.number(limit.field, 0, BATCH_TIMEOUT_S, above=True) for limit in Limit}
+    return {limit: seconds for limit, seconds in wishes.items() if seconds is not None}
 
 
 def _read_include_usage(fields: Fields, stream: bool) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import signal
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import Any
 
 import httpx
@@ -15,6 +17,7 @@ import pytest
 
 pytest.importorskip("torch", reason="the checkpoint is made with transformers: the extra [torch]")
 
+from cluster.cli.child import Process
 from coordinator.promises import ANSWERS_BELIEVED
 from tests.integration.answers import Served, questions
 from tests.integration.live import Coordinator, Pool, eventually, has_backend
@@ -118,3 +121,27 @@ def test_who_waits_too_long_for_room_is_told_so(served: Served, pool: Pool) -> N
         refusal = coordinator.post("/v1/completions", {"prompt": [5], "max_tokens": 1023})
         assert refusal.status_code == 504, refusal.text
         assert refusal.json()["error"]["code"] == "queue_timeout"
+
+
+@contextmanager
+def frozen(node: Process) -> Iterator[None]:
+    os.kill(node.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(node.pid, signal.SIGCONT)
+
+
+def test_a_token_that_does_not_come_is_awaited_as_long_as_the_server_says(served: Served, pool: Pool) -> None:
+    """Its node is frozen for a moment, too short to count as lost."""
+    asked = {"prompt": [5], "max_tokens": 1023, "ignore_eos": True, "stream": True}
+    with (
+        pool.serving(served.folder, ("torch-c",), "--token-timeout", "0.3", context=1024, users=1) as coordinator,
+        httpx.stream("POST", f"{coordinator.url}/v1/completions", json=asked, timeout=60) as response,
+    ):
+        lines = response.iter_lines()
+        next(lines)
+        with frozen(pool.processes["torch-c"]):
+            said = [line for line in lines if line]
+        assert json.loads(said[-1].removeprefix("data: "))["error"]["code"] == "token_timeout"
+        eventually(coordinator.is_free, "its room is free again")

@@ -185,7 +185,7 @@ def test_a_stop_string_ends_the_choice_before_it_and_cancels_the_rest() -> None:
     answer = chat(generator, stop=["o w", "zzz"], n=2)
     assert [c["message"]["content"] for c in answer["choices"]] == ["hell", "hell"]
     assert {c["finish_reason"] for c in answer["choices"]} == {"stop"}
-    assert generator.cancelled == [(generator.requests[0].id, 0), (generator.requests[0].id, 1)]
+    assert generator.ended == [(generator.requests[0].id, 0), (generator.requests[0].id, 1)]
     assert generator.finished == [generator.requests[0].id]
 
 

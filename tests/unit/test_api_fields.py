@@ -13,6 +13,7 @@ from cluster.errors import RequestError
 from coordinator.api.fields import Fields
 from coordinator.api.messages import read_messages
 from coordinator.api.schema import Options, read_options, read_prompts
+from coordinator.deadlines import Limit
 from coordinator.text.model import SamplingDefaults
 
 
@@ -38,6 +39,7 @@ def refused(*, chat: bool = True, **body: object) -> RequestError:
         ("return_token_ids", "yes"), ("stop", ""), ("stop", ["a", ""]), ("stop", 3), ("stop", ["a"] * 17),
         ("stop", ["x" * 513]), ("stop", [3]), ("stop", "\ud800"), ("model", 3), ("user", 3), ("user", ["a"]),
         ("priority", "high"), ("priority", 1), ("timeout", 0), ("timeout", "5s"), ("timeout", 1e6),
+        ("queue_timeout", 0), ("first_token_timeout", "5s"), ("token_timeout", -1),
     ],
 )  # fmt: skip
 def test_a_value_out_of_type_or_range_names_its_field(field: str, value: object) -> None:
@@ -278,6 +280,9 @@ def test_a_priority_that_contradicts_the_service_tier_names_both(priority: str, 
     assert "priority" in str(error) and "service_tier" in str(error)
 
 
-def test_a_timeout_is_in_seconds() -> None:
-    assert options(timeout=2.5).timeout_s == 2.5
-    assert options().timeout_s is None
+def test_timeouts_are_in_seconds() -> None:
+    wishes = {"timeout": 2.5, "queue_timeout": 1, "first_token_timeout": 2, "token_timeout": 0.5}
+    assert options(**wishes).timeouts_s == {
+        Limit.TOTAL: 2.5, Limit.QUEUE: 1, Limit.FIRST_TOKEN: 2, Limit.BETWEEN_TOKENS: 0.5
+    }  # fmt: skip
+    assert options().timeouts_s == {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from cluster.steps import Drop
 from cluster.types import SequenceId
 from coordinator.deadlines import Deadlines, Limit
@@ -50,8 +52,32 @@ def test_each_token_begins_a_new_wait_and_the_cache_is_freed() -> None:
 
 def test_the_whole_may_not_take_longer_than_the_request_asked_for() -> None:
     it = scheduler()
-    it.submit([ask(1, deadlines=Deadlines(total_s=3, asked=True))], 100)
+    it.submit([ask(1, deadlines=Deadlines().shortened({Limit.TOTAL: 3}))], 100)
     step = it.next_step(100)
     assert step is not None
     it.complete(done(step), 102.9)
     assert it.expire(103) == expired(Limit.TOTAL, 3, asked=True)
+
+
+@pytest.mark.parametrize("limit", Limit)
+def test_a_request_may_shorten_each_limit_for_itself(limit: Limit) -> None:
+    shorter = LIMITS.shortened({limit: 2})
+    assert shorter.asked == {limit}
+    assert [shorter.seconds(each) for each in Limit] == [2 if each is limit else LIMITS.seconds(each) for each in Limit]
+
+
+@pytest.mark.parametrize("limit", Limit)
+def test_but_lengthen_none(limit: Limit) -> None:
+    assert LIMITS.shortened({limit: 61}) == LIMITS
+
+
+@pytest.mark.parametrize(("limit", "wait_s"), [(Limit.FIRST_TOKEN, 7.0), (Limit.BETWEEN_TOKENS, 2.0)])
+def test_a_limit_that_the_request_set_is_told_as_its_own(limit: Limit, wait_s: float) -> None:
+    it = scheduler()
+    it.submit([ask(1, deadlines=LIMITS.shortened({limit: wait_s}))], 100)
+    step = it.next_step(100)
+    assert step is not None
+    if limit is Limit.BETWEEN_TOKENS:
+        it.complete(done(step), 100)
+    assert it.expire(100 + wait_s - 0.1) == []
+    assert it.expire(100 + wait_s) == expired(limit, wait_s, asked=True)

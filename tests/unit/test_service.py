@@ -1,0 +1,168 @@
+"""coordinator/service.py: requests over the real API, scheduler and serving loop, in front of stages that answer at
+once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, cast
+
+import httpx
+import pytest
+
+from cluster.steps import Drawn, Step, StepDone
+from coordinator.admission import Room
+from coordinator.api.app import create_app
+from coordinator.deadlines import Deadlines
+from coordinator.generation import ServedModel
+from coordinator.pipeline import Pipeline, TimedOutcome
+from coordinator.promises import ANSWER_TOKENS_FIRST, ANSWERS_BELIEVED
+from coordinator.service import InferenceService
+from coordinator.serving import Serving
+from tests.fake_generator import text_model
+
+CONTEXT = 4096
+SAID = "hello world, stop here. "
+
+
+class PromptPipeline:
+    """Says SAID over and over. Who has drawn `silent_after` tokens gets none until `go_on`."""
+
+    def __init__(self, said: Sequence[int]) -> None:
+        self._said = said
+        self._steps: asyncio.Queue[Step] = asyncio.Queue()
+        self._going = asyncio.Event()
+        self.silent_after: int | None = None
+        self.silent = asyncio.Event()  # somebody waits for a token that does not come
+
+    def go_on(self) -> None:
+        self.silent_after = None
+        self.silent.clear()
+        self._going.set()
+
+    def send(self, step: Step) -> None:
+        self._steps.put_nowait(step)
+
+    async def run(self, on_outcome: Callable[[TimedOutcome], None]) -> None:
+        while True:
+            await asyncio.sleep(0)  # so that whoever reads keeps up
+            step = await self._steps.get()
+            places = {row.seq: (row.end, row.end - row.draw.prompt_tokens) for row in step.rows if row.draw is not None}
+            if self.silent_after in {place for _, place in places.values()}:
+                self._going.clear()
+                self.silent.set()
+                await self._going.wait()
+            drawn = tuple(Drawn(seq, end, self._said[place % len(self._said)]) for seq, (end, place) in places.items())
+            on_outcome(TimedOutcome(StepDone(step.id, drawn, (), ()), 0.001, len(step.rows), step.token_count))
+
+    async def close(self) -> None:
+        return
+
+
+class Endpoint:
+    def __init__(self, pipeline: PromptPipeline, serving: Serving, client: httpx.AsyncClient) -> None:
+        self.pipeline, self.serving, self._client = pipeline, serving, client
+
+    async def complete(self, **fields: object) -> httpx.Response:
+        return await self._client.post("/v1/completions", json={"prompt": [5, 6, 7], **fields})
+
+    async def chat(self, **fields: object) -> Any:
+        """The answer to a chat without max_tokens."""
+        body = {"messages": [{"role": "user", "content": "x"}], **fields}
+        return (await self._client.post("/v1/chat/completions", json=body)).json()
+
+    @property
+    def reserved(self) -> int:
+        return self.serving.load[2]
+
+
+@contextlib.asynccontextmanager
+async def endpoint(deadlines: Deadlines | None = None) -> AsyncIterator[Endpoint]:
+    text = text_model()
+    pipeline = PromptPipeline(text.tokenizer.encode(SAID, add_special_tokens=False))
+    serving = Serving(cast(Pipeline, pipeline), Room(1, 8 * CONTEXT, CONTEXT), prefix_cache=False)
+    service = InferenceService(dict, deadlines or Deadlines())
+    service.set_model(ServedModel("model", frozenset(), 0, 400, None, text))
+    service.begin(serving)
+    running = asyncio.create_task(serving.run())
+    transport = httpx.ASGITransport(app=create_app(service))
+    try:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as client:
+            yield Endpoint(pipeline, serving, client)
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+async def given_up(it: Endpoint, after_tokens: int) -> int:
+    """A client leaves; tells how much had been reserved for it."""
+    it.pipeline.silent_after = after_tokens
+    asking = asyncio.create_task(it.chat())
+    await it.pipeline.silent.wait()
+    reserved = it.reserved
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    assert it.reserved == 0
+    it.pipeline.go_on()
+    return reserved
+
+
+def test_answers_that_a_stop_string_ends_teach_how_long_answers_are() -> None:
+    async def scenario() -> tuple[int, int]:
+        async with endpoint() as it:
+            for _ in range(ANSWERS_BELIEVED):
+                answer = await it.chat(stop="stop", temperature=0)
+                assert answer["choices"][0]["message"]["content"] == "hello world, "
+            tokens = answer["usage"]["completion_tokens"]
+            return await given_up(it, 0) - answer["usage"]["prompt_tokens"], tokens
+
+    found, tokens = asyncio.run(scenario())
+    assert found == tokens < ANSWER_TOKENS_FIRST
+
+
+def test_answers_that_their_clients_gave_up_teach_nothing() -> None:
+    async def scenario() -> list[int]:
+        async with endpoint() as it:
+            return [await given_up(it, 5) for _ in range(ANSWERS_BELIEVED + 1)]
+
+    first, *_, last = asyncio.run(scenario())
+    assert first == last > ANSWER_TOKENS_FIRST
+
+
+@pytest.mark.parametrize(
+    ("field", "code", "silent_after"),
+    [
+        ("timeout", "total_timeout", 3),
+        ("first_token_timeout", "first_token_timeout", 0),
+        ("token_timeout", "token_timeout", 3),
+    ],
+)
+def test_a_requests_own_limit_is_a_408_that_names_its_field(field: str, code: str, silent_after: int) -> None:
+    async def scenario() -> httpx.Response:
+        async with endpoint() as it:
+            it.pipeline.silent_after = silent_after
+            return await it.complete(max_tokens=10, **{field: 0.2})
+
+    response = asyncio.run(scenario())
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (408, code, field)
+    assert field in error["message"] and "0.2 s" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("deadlines", "code", "silent_after"),
+    [
+        (Deadlines(first_token_s=0.2), "first_token_timeout", 0),
+        (Deadlines(between_tokens_s=0.2), "token_timeout", 3),
+    ],
+)
+def test_a_limit_of_the_servers_is_a_504(deadlines: Deadlines, code: str, silent_after: int) -> None:
+    async def scenario() -> httpx.Response:
+        async with endpoint(deadlines) as it:
+            it.pipeline.silent_after = silent_after
+            return await it.complete(max_tokens=10, token_timeout=3600)
+
+    response = asyncio.run(scenario())
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (504, code, None)
