@@ -78,10 +78,12 @@ def resolve_model(
     progress: CountProgress | None = None,
     cancelled: threading.Event | None = None,
     hashes: Path | None = None,
+    conversions_bytes_max: int | None = None,
 ) -> ResolvedModel:
     """Find MODEL, downloading it where it is a hub id, and converting it where it is a GGUF file (once, into a folder
-    below `conversions`). Blocks: call it in a thread, and set `cancelled` to have it end soon with a ModelError.
-    What was broken off goes on where it was the next time. A download remembers tensors' hashes in `hashes`."""
+    below `conversions`, where others make room for it). Blocks: call it in a thread, and set `cancelled` to have it end
+    soon with a ModelError. What was broken off goes on where it was the next time. A download remembers tensors' hashes
+    in `hashes`."""
     match parse_model(text):
         case Path() as folder:
             # The built-in model's folder is an implementation detail of where Potluck is installed.
@@ -91,7 +93,7 @@ def resolve_model(
         case GgufModel(path):
             from coordinator.gguf.store import ConversionStore
 
-            folder = ConversionStore(conversions).make(path, progress, cancelled)
+            folder = ConversionStore(conversions, conversions_bytes_max).use(path, progress, cancelled)
             return _converted(folder, path)
         case HubModel(repository, named):
             from coordinator.hub_download import address, download
@@ -105,7 +107,7 @@ def resolve_model(
 
             stop = cancelled or threading.Event()
             there, commit = download(repository, revision or named, progress, stop, gguf=gguf)
-            folder = ConversionStore(conversions).make(there / gguf, progress, stop)
+            folder = ConversionStore(conversions, conversions_bytes_max).use(there / gguf, progress, stop)
             return _fetched(folder, repository, gguf, commit, address(repository))
 
 

@@ -49,6 +49,7 @@ class WantedModel:
     text: str
     revision: str | None
     bits: int | None = None  # pack full-precision weights when they are loaded
+    conversions_bytes_max: int | None = None  # all that is made of GGUF files together; None: a share of the disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,7 @@ async def open_model(wanted: WantedModel, ask: Ask, cache: Path, conversions: Pa
                 progress=work.progress(work_on(wanted.text)),
                 cancelled=work.cancelled,
                 hashes=cache,
+                conversions_bytes_max=wanted.conversions_bytes_max,
             )
         )
         checkpoint = await work.run(lambda: open_checkpoint(resolved.folder))

@@ -71,6 +71,7 @@ def serve(
         int, typer.Option(min=0, max=65535, help="Port for `join --coordinator`; another is taken when it is in use.")
     ] = 7433,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    weights_max: opt.WeightsMax = None,
     exit_with: opt.ExitWith = None,
     state: opt.State = None,
     as_json: opt.Json = False,
@@ -114,6 +115,7 @@ def serve(
             mdns=not no_mdns,
             cluster_host=cluster_host,
             cluster_port=cluster_port,
+            weights_max=weights_max,
             state=state,
             exit_with=exit_with,
             as_json=as_json,

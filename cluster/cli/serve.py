@@ -15,6 +15,7 @@ from cluster.errors import UsageError
 from cluster.interfaces import host_port
 from cluster.models.quantising import check_bits
 from cluster.placement import Ask
+from cluster.quantities import parse_size_bytes
 from cluster.state_dir import StateDir, default_state_path
 from coordinator.deadlines import Deadlines
 from coordinator.happenings import Happening, Listening, Starting, Tell
@@ -52,6 +53,7 @@ class ServeCommand:
     mdns: bool
     cluster_host: str
     cluster_port: int
+    weights_max: str | None
     state: Path | None
     exit_with: int | None
     as_json: bool
@@ -60,6 +62,7 @@ class ServeCommand:
 def serve_command(command: ServeCommand) -> int:
     ask = Ask(parse_context(command.context), command.users, max(1, command.min_nodes))
     bits = check_bits(command.bits)
+    weights_bytes_max = parse_size_bytes(command.weights_max) if command.weights_max else None
     for peer in command.peers:
         split_host_port(peer)
     listener = listen(command.host, command.port)
@@ -70,7 +73,7 @@ def serve_command(command: ServeCommand) -> int:
         tell(Starting(url))
         parse_model(command.model)  # a wrong one ends this before anything begins; nothing is downloaded yet
         options = ServeOptions(
-            model=WantedModel(command.model, command.revision, bits),
+            model=WantedModel(command.model, command.revision, bits, weights_bytes_max),
             http=listener,
             http_host=command.host,
             cluster=command.cluster,
@@ -138,6 +141,7 @@ def local_node_arguments(command: ServeCommand, port: int, root: Path) -> list[s
     arguments += ["--no-mdns", "--state", str(root / "local-node"), "--exit-with", str(os.getpid())]
     if command.cluster_host:
         arguments += ["--host", command.cluster_host]
+    arguments += ["--weights-max", command.weights_max] if command.weights_max else []
     return arguments
 
 

@@ -20,7 +20,7 @@ from cluster.models.hashing import CountProgress, counting
 from cluster.models.manifest import Manifest, build_manifest
 from cluster.quantities import format_bytes
 from cluster.state_dir import StateDir, default_state_path, holder_pid
-from coordinator.gguf.store import Conversion, ConversionStore
+from coordinator.gguf.shelf import Conversion, ConversionShelf
 from coordinator.hub import ResolvedModel, find_model, resolve_model, work_on
 from coordinator.hub_hashes import has_digest, is_digest
 from coordinator.server import conversions_folder, coordinator_state
@@ -32,15 +32,25 @@ _ID_BEGINNING = re.compile(r"[0-9a-f]{6,64}")
 
 def list_command(state: Path | None, as_json: bool) -> int:
     root = state or default_state_path()
-    models, conversions = stored_models(root), ConversionStore(conversions_folder(state)).everything()
+    models, conversions = stored_models(root), ConversionShelf(conversions_folder(state)).everything()
     if as_json:
         made = [
-            {"name": c.name, "folder": str(c.folder), "bytes": c.size_bytes, "whole": c.is_whole} for c in conversions
+            {
+                "name": conversion.name,
+                "folder": str(conversion.folder),
+                "bytes": conversion.size_bytes,
+                "whole": conversion.is_whole,
+                "last_used": _date(conversion.last_used_ns),
+            }
+            for conversion in conversions
         ]
         return answer({"models": [_document(model) for model in models], "converted": made})
     for conversion in conversions:
         so_far = "" if conversion.is_whole else " so far"
-        say(f"{conversion.name}  {format_bytes(conversion.size_bytes)}{so_far}  converted, in {conversion.folder}")
+        say(
+            f"{conversion.name}  {format_bytes(conversion.size_bytes)}{so_far}  converted  "
+            f"last used {_date(conversion.last_used_ns)}  in {conversion.folder}"
+        )
     if not models:
         say(f"No node's store at or below {root} holds a model yet; nodes fetch what a coordinator serves.")
     for model in models:
@@ -88,13 +98,15 @@ def remove_command(text: str, state: Path | None, as_json: bool) -> int:
 
 def _remove_conversions(text: str, state: Path | None) -> tuple[Conversion, ...]:
     """Remove what was made of the GGUF file that `text` names, with its suffix or without."""
-    store = ConversionStore(conversions_folder(state))
-    meant = tuple(c for c in store.everything() if text.removesuffix(".gguf") in (c.name, c.folder.name))
+    shelf = ConversionShelf(conversions_folder(state))
+    meant = tuple(c for c in shelf.everything() if text.removesuffix(".gguf") in (c.name, c.folder.name))
     user = coordinator_state(state or default_state_path())
     if meant and (pid := holder_pid(user)):
         raise UserError(f"the coordinator of process {pid} uses {user}; stop it first, then remove the model")
-    for conversion in meant:
-        store.remove(conversion)
+    with shelf.alone() if meant else contextlib.nullcontext():
+        for conversion in meant:
+            if not shelf.remove(conversion):
+                raise UserError(f"another process uses {conversion.folder}; stop it first, then remove the model")
     return meant
 
 
@@ -207,10 +219,14 @@ def _document(model: StoredModel) -> Mapping[str, object]:
         "tensors": len(model.manifest.tensors) if model.manifest else 0,
         "complete_tensors": len(model.complete),
         "in_place": str(in_place) if (in_place := model.store.in_place()) else None,
-        "last_used": datetime.fromtimestamp(used_ns // 10**9, UTC).isoformat() if used_ns else "never",
+        "last_used": _date(used_ns) if used_ns else "never",
         "state": str(model.state),
         "damaged": model.manifest is None,
     }
+
+
+def _date(used_ns: int) -> str:
+    return datetime.fromtimestamp(used_ns // 10**9, UTC).isoformat()
 
 
 # -- Output ----------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from coordinator.gguf.source import read_bytes
 _CHUNK_VALUES: Final = 4 * MIB
 """Values of a tensor in memory at once; in float32 and some copies of it about 100 MiB."""
 
-_MARGIN_BYTES: Final = 64 * MIB
+MARGIN_BYTES: Final = 64 * MIB
 """Left free on the disk, for whoever else writes there."""
 
 SmallFiles = Mapping[str, bytes]
@@ -80,7 +80,7 @@ def _is_whole(path: Path, shard: Shard) -> bool:
 
 def _check_room(folder: Path, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(folder).free
-    if needed_bytes and needed_bytes + _MARGIN_BYTES > free_bytes:
+    if needed_bytes and needed_bytes + MARGIN_BYTES > free_bytes:
         raise ModelError(
             f"the converted model needs {format_bytes(needed_bytes)} on the disk of {folder}, which has "
             f"{format_bytes(free_bytes)} free. Free some space there, or use --state on a larger disk"

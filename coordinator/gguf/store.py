@@ -1,21 +1,14 @@
-"""Where converted models lie, and which of them a GGUF file became.
+"""Which folder a GGUF file became, or becomes now.
 
-Owns one folder below the coordinator's state, with a folder for each model: called by the content of the file that it
-was made of, so that a file which is moved, touched or downloaded again is not converted again.
+Owns the names of the folders on the shelf (`coordinator.gguf.shelf`): a model is called by the content of the file that
+it was made of, so that a file which is moved, touched or downloaded again is not converted again.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import hashlib
 import json
-import os
-import re
-import shutil
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -28,32 +21,27 @@ from cluster.models.hashing import CountProgress, counting, hash_file
 from cluster.models.manifest import is_small_model_file
 from coordinator.gguf.convert import convert
 from coordinator.gguf.layout import Layout, lay_out
+from coordinator.gguf.shelf import ConversionShelf
 from coordinator.gguf.source import GgufFiles, open_gguf
 from coordinator.gguf.tokenizer import tokenizer_files
 
 _FORM: Final = 1
 """Raised whenever the same file would become something else; what was converted before is then converted again."""
 
-_HASHES, _LOCK = "hashes", "lock"
-
-_FOLDER = re.compile(r"(?P<name>.+)-[0-9a-f]{16}(?P<unfinished>\.part)?")
-
-
-@dataclass(frozen=True, slots=True)
-class Conversion:
-    """A folder of the store."""
-
-    folder: Path
-    name: str  # of the file that it was made of
-    size_bytes: int
-    is_whole: bool  # else the next start goes on with it
+_HASHES = "hashes"
 
 
 @dataclass(frozen=True, slots=True)
 class ConversionStore:
-    """All converted models of one coordinator; `folder` need not exist yet."""
+    """All converted models of one coordinator; `folder` need not exist yet. What is converted now makes room for itself
+    within `limit_bytes`, or a share of the disk."""
 
     folder: Path
+    limit_bytes: int | None = None
+
+    @property
+    def shelf(self) -> ConversionShelf:
+        return ConversionShelf(self.folder, self.limit_bytes)
 
     def find(self, path: Path) -> Path | None:
         """The folder that the file at `path` became; None when it was not converted yet."""
@@ -61,22 +49,11 @@ class ConversionStore:
         target = self._target(files, None)[0]
         return target if target.is_dir() else None
 
-    def everything(self) -> tuple[Conversion, ...]:
-        """What takes disk here."""
-        try:
-            names = sorted(path.name for path in self.folder.iterdir())
-        except OSError:
-            return ()
-        found = []
-        for name in names:
-            if (match := _FOLDER.fullmatch(name)) and (self.folder / name).is_dir():
-                sizes = [path.stat().st_size for path in (self.folder / name).iterdir() if path.is_file()]
-                found.append(Conversion(self.folder / name, match["name"], sum(sizes), match["unfinished"] is None))
-        return tuple(found)
-
-    def remove(self, conversion: Conversion) -> None:
-        with self._alone():
-            shutil.rmtree(conversion.folder)
+    def use(self, path: Path, progress: CountProgress | None = None, cancelled: threading.Event | None = None) -> Path:
+        """What `make` gives, and nobody removes it before this process ends."""
+        while not self.shelf.use(folder := self.make(path, progress, cancelled)):
+            pass  # somebody has just made room
+        return folder
 
     def make(self, path: Path, progress: CountProgress | None = None, cancelled: threading.Event | None = None) -> Path:
         """The folder that the file at `path` becomes, now if it was not converted yet. Whatever is not converted is
@@ -98,8 +75,9 @@ class ConversionStore:
             return target
         done_bytes[0] = read_bytes
         small |= _provenance(files, layout, hashes)
-        with self._alone():
+        with self.shelf.alone():
             if not target.is_dir():
+                self.shelf.make_room(target, layout.size_bytes)
                 convert(layout, small, target, on_progress, cancelled)
         return target
 
@@ -116,24 +94,6 @@ class ConversionStore:
             raise ModelError(f"{files.paths[0]}: cannot be read ({error.strerror}); check its permissions") from error
         content = json.dumps([_FORM, list(hashes.values())])
         return self.folder / f"{files.name[:100]}-{hashlib.sha256(content.encode()).hexdigest()[:16]}", hashes
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Two conversions would write the same files, and fill a disk that had room for one."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise ModelError(f"cannot write converted models to {self.folder}: {error.strerror}") from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            raise ModelError(f"another Potluck process is converting a model in {self.folder}; wait for it") from error
-        finally:
-            os.close(descriptor)
 
 
 def _provenance(files: GgufFiles, layout: Layout, hashes: dict[str, str]) -> dict[str, bytes]:

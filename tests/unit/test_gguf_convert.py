@@ -189,20 +189,6 @@ def test_another_content_is_another_model(tmp_path: Path) -> None:
     assert files_of(first)["model-00001-of-00001.safetensors"] != files_of(second)["model-00001-of-00001.safetensors"]
 
 
-def test_what_takes_disk_is_listed_and_can_be_removed(tmp_path: Path) -> None:
-    store = ConversionStore(tmp_path / "converted")
-    assert store.everything() == ()
-    made = store.make(paper_gguf(tmp_path / "paper-v1.gguf"))
-    (tmp_path / "converted" / f"other-{'0' * 16}.part").mkdir()
-    other, whole = store.everything()
-    assert (whole.folder, whole.name, whole.is_whole) == (made, "paper-v1", True)
-    assert whole.size_bytes == sum(map(len, files_of(made).values()))
-    assert (other.name, other.is_whole) == ("other", False)
-    store.remove(whole)
-    assert store.everything() == (other,)
-    assert not made.exists()
-
-
 def test_progress_counts_what_is_read_and_written(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     path = paper_gguf(tmp_path / "paper.gguf")
@@ -221,7 +207,7 @@ def test_a_model_that_no_engine_runs_is_refused_before_it_is_written(tmp_path: P
 
 def test_two_conversions_at_once_are_not_made(tmp_path: Path) -> None:
     store = ConversionStore(tmp_path / "converted")
-    with store._alone(), pytest.raises(ModelError, match="another Potluck process"):
+    with store.shelf.alone(), pytest.raises(ModelError, match="another Potluck process"):
         store.make(paper_gguf(tmp_path / "paper.gguf"))
 
 
