@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import linear
 
 from node.engines.torch import ordered, packing
 from node.engines.torch.engine import TorchEngine
-from node.engines.torch.ordered import Ordered, has_order, in_order
+from node.engines.torch.ordered import Ordered, OrderedStack, has_order, in_order
 from node.engines.torch.packing import stand_ins
 from tests.checkpoints import make_checkpoint
 from tests.oracle.pipelines import load_pipeline, run_prefill, run_step, stage_specs
@@ -42,6 +43,12 @@ def matrix(rows: int, columns: int) -> torch.Tensor:
 
 def ordered_of(plain: torch.Tensor) -> Ordered:
     return in_order(plain.shape, plain.dtype, lambda rows, first: rows.copy_(plain[first : first + len(rows)]))
+
+
+def as_it_was(found: torch.Tensor | Ordered | OrderedStack) -> torch.Tensor:
+    if isinstance(found, OrderedStack):
+        return torch.stack([expert.plain() for expert in found.experts])
+    return found.plain() if isinstance(found, Ordered) else found
 
 
 @needs_order
@@ -89,7 +96,7 @@ def test_it_is_as_exact_as_transformers(family: str, tmp_path: Path) -> None:
 
 
 @needs_order
-@pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek_v3", "qwen3_moe", "qwen3_next"])
 def test_what_is_only_multiplied_is_put_in_order(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of the plain matrix, never beside it; as it was where the processor has no such products."""
     spec = stage_specs(make_checkpoint(family, tmp_path, dtype="bfloat16"), ())[0]
@@ -103,9 +110,50 @@ def test_what_is_only_multiplied_is_put_in_order(family: str, tmp_path: Path, mo
     for name, parameter in plain.named_parameters():
         owner, _, attribute = name.rpartition(".")
         found = getattr(model.get_submodule(owner), attribute)
-        assert torch.equal(found.plain() if isinstance(found, Ordered) else found, parameter), name
+        is_in_order = isinstance(found, Ordered | OrderedStack)
+        assert torch.equal(as_it_was(found), parameter), name
         linears = isinstance(plain.get_submodule(owner), torch.nn.Linear) and attribute == "weight"
         tied = name == "lm_head.weight" and plain.config.tie_word_embeddings
-        assert isinstance(found, Ordered) == (linears and not tied and "kv_b_proj" not in name), name
-        assert (name in left) != isinstance(found, Ordered)
+        multiplied = linears and not tied and "kv_b_proj" not in name
+        assert is_in_order == (multiplied or (parameter.ndim == 3 and ".experts." in name)), name
+        assert (name in left) != is_in_order
     assert engine.capacity().weight_bytes == without.capacity().weight_bytes
+
+
+def rewritten(folder: Path, layout: str) -> None:
+    """Store the experts as other tools do: `halves` of all in a tensor each, as mlx-lm has them, or `whole`."""
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    stacks: dict[tuple[str, str], dict[int, torch.Tensor]] = {}
+    for name in [name for name in tensors if ".experts." in name]:
+        block, index, part, _ = name.rsplit(".", 3)
+        stacks.setdefault((block.removesuffix(".experts"), part), {})[int(index)] = tensors.pop(name)
+    stacked = {key: torch.stack([experts[index] for index in sorted(experts)]) for key, experts in stacks.items()}
+    for (block, part), stack in stacked.items():
+        if layout == "halves":
+            tensors[f"{block}.switch_mlp.{part}.weight"] = stack
+        elif part == "down_proj":
+            tensors[f"{block}.experts.down_proj"] = stack
+        elif part == "gate_proj":
+            tensors[f"{block}.experts.gate_up_proj"] = torch.cat([stack, stacked[block, "up_proj"]], dim=1)
+    save_file(tensors, file)
+
+
+@needs_order
+@pytest.mark.parametrize("layout", ["halves", "whole"])
+def test_experts_are_found_wherever_files_keep_them(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_checkpoint("qwen3_moe", tmp_path, dtype="bfloat16")
+    engine, other = TorchEngine(), TorchEngine()
+    engine.load(stage_specs(folder, ())[0], lambda progress: None)
+    rewritten(folder, layout)
+    monkeypatch.setattr(ordered, "_PART_BYTES", 1)  # parts that begin within gates and end within ups
+    monkeypatch.setattr(ordered, "_BLOCK_ROWS", 24)
+    other.load(stage_specs(folder, ())[0], lambda progress: None)
+    models = [loaded._stage.sliced.model for loaded in (engine, other)]
+    singly, stacked = ([item for item in stand_ins(model) if isinstance(item, OrderedStack)] for model in models)
+    assert len(singly) == len(stacked) > 0
+    for theirs, ours in zip(singly, stacked, strict=True):
+        assert len(ours[0].parts) > 1
+        assert torch.equal(as_it_was(ours), as_it_was(theirs))

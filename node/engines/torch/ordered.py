@@ -2,7 +2,8 @@
 
 oneDNN multiplies 16-bit matrices in blocks. Of a plain one it makes such blocks anew in every product, which at one row
 costs a third of the time; so a load makes them once, some rows at a time, and nothing stays in the old order. What
-asks for more than a product gets the plain matrix, made anew. Knows no files and no models.
+asks for more than a product gets the plain matrix, made anew. Stacks of experts are such matrices, one for each.
+Knows no files and no models.
 """
 
 from __future__ import annotations
@@ -66,6 +67,19 @@ class Ordered:
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self.plain(), name)
+
+
+class OrderedStack:
+    """A matrix for each expert, all of one shape; their modules take them out one by one."""
+
+    def __init__(self, experts: Sequence[Ordered]) -> None:
+        self.experts, first = tuple(experts), experts[0]
+        self.shape = torch.Size((len(experts), *first.shape))
+        self.dtype, self.device, self.ndim = first.dtype, first.device, 3
+        self.nbytes = sum(expert.nbytes for expert in experts)
+
+    def __getitem__(self, index: int | torch.Tensor) -> Ordered:
+        return self.experts[int(index)]
 
 
 def in_order(shape: torch.Size, dtype: torch.dtype, fill: Fill) -> Ordered:

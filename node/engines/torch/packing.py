@@ -6,26 +6,44 @@ Knows no files and no formats; `layouts` reads the packed ones, matrix by matrix
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from cluster.models.checkpoint import StoredTensor
 from cluster.models.formats import Quantization
 from node.engines.torch.int4 import in_order_of_kernel
 from node.engines.torch.integers import Read
 from node.engines.torch.latent import Halves
 from node.engines.torch.layouts import read_packed
-from node.engines.torch.ordered import Fill, Ordered, has_order, in_order
+from node.engines.torch.ordered import Ordered, OrderedStack, has_order, in_order
 from node.engines.torch.packed import Affine, Packed
 from node.engines.torch.places import Place, stack_of
 from node.engines.torch.products import Joined, Stack, Whole
 from node.engines.torch.slicing import SlicedModel
 
-StandIn = Whole | Stack | Halves | Ordered
+StandIn = Whole | Stack | Halves | Ordered | OrderedStack
 
 _EXPANSIONS = "kv_b_proj.weight"
 """They are multiplied transposed too, which no kernel does; their halves are not."""
+
+
+_STACKS = ("experts.gate_up_proj", "experts.down_proj")
+"""Their modules multiply with one expert after the other."""
+
+FillStored = Callable[[StoredTensor, torch.Tensor, int], None]
+"""Reads rows of a stored tensor into the region, from the row with that index on; of all its matrices on end."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows of a stored tensor."""
+
+    tensor: StoredTensor
+    first: int
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,21 +86,35 @@ class Slot:
             (stand_in,) = wholes(self.places[0])
         self._put(stand_in)
 
-    def fill_in_order(self, fill: Fill) -> None:
-        """Put in its place the plain matrix that `fill` reads."""
-        self._put(in_order(self.parameter.shape, self.parameter.dtype, fill))
+    def fill_in_order(self, sliced: SlicedModel, fill: FillStored) -> None:
+        """Put in its place the plain matrix, or stack of them, that the places hold."""
+        dtype = self.parameter.dtype
+        if self.parameter.ndim == 2:
+            self._put(in_order(self.parameter.shape, dtype, partial(fill, self.places[0].matrix.values)))
+            return
+        places = {(place.expert, place.half): place for place in self.places}
+        count, outputs, inputs = self.parameter.shape
+        experts = []
+        for index in range(count):
+            pieces = _rows_of(places, index, outputs)
+            experts.append(in_order(torch.Size((outputs, inputs)), dtype, partial(_fill_pieces, fill, pieces)))
+        _take_one_by_one(sliced)
+        self._put(OrderedStack(experts))
 
     def _put(self, stand_in: StandIn) -> None:
         for module, attribute in self.users:
             setattr(module, attribute, stand_in)
 
 
-def is_ordered(model: torch.nn.Module, parameter: torch.Tensor, place: Place) -> bool:
-    """Whether a plain matrix is only multiplied, by a product for which it may be put in order."""
-    if parameter.ndim != 2 or not place.is_whole or place.parameter.endswith(_EXPANSIONS):
+def is_ordered(sliced: SlicedModel, parameter: torch.Tensor, places: Sequence[Place]) -> bool:
+    """Whether plain matrices are only multiplied, by a product for which they may be put in order."""
+    name = places[0].parameter
+    if name.endswith(_EXPANSIONS) or not has_order(parameter.dtype) or any(place.less for place in places):
         return False
-    linears = all(type(module) is torch.nn.Linear for module, _ in _users(model, parameter))
-    return linears and has_order(parameter.dtype)
+    if parameter.ndim == 3 and name.endswith(_STACKS):
+        return stack_of(sliced, name) == (False, False)
+    linears = all(type(module) is torch.nn.Linear for module, _ in _users(sliced.model, parameter))
+    return parameter.ndim == 2 and linears and places[0].is_whole
 
 
 def stand_ins(model: torch.nn.Module) -> list[StandIn]:
@@ -113,9 +145,36 @@ def _stack(sliced: SlicedModel, slot: Slot, wholes: Callable[[Place], list[Whole
             experts.append(parts[index, None])
         else:
             experts.append(Joined(parts[index, 0], parts[index, 1], in_turns=in_turns))
-    # Their other ways of computing gather whole stacks of weights.
-    sliced.model.config._experts_implementation = "eager"
+    _take_one_by_one(sliced)
     return Stack(experts, transposed=transposed)
+
+
+def _take_one_by_one(sliced: SlicedModel) -> None:
+    """The library's other ways of computing experts gather whole stacks of weights."""
+    sliced.model.config._experts_implementation = "eager"
+
+
+def _rows_of(places: Mapping[tuple[int | None, int | None], Place], expert: int, outputs: int) -> list[_Rows]:
+    """Where an expert's rows are stored: in a tensor of its own or of all, gates and ups together or apart."""
+    halves: tuple[int | None, ...] = (0, 1) if any(half is not None for _, half in places) else (None,)
+    count = outputs // len(halves)
+    rows = []
+    for half in halves:
+        own = places.get((expert, half))
+        place = own or places[None, half]
+        rows.append(_Rows(place.matrix.values, 0 if own else expert * count, count))
+    return rows
+
+
+def _fill_pieces(fill: FillStored, pieces: Sequence[_Rows], region: torch.Tensor, first: int) -> None:
+    """Read rows of a matrix that lies in pieces into the region, from the row `first` on."""
+    begin, last = 0, first + region.shape[0]
+    for piece in pieces:
+        end = begin + piece.count
+        here = slice(max(first, begin), min(last, end))
+        if here.start < here.stop:
+            fill(piece.tensor, region[here.start - first : here.stop - first], piece.first + here.start - begin)
+        begin = end
 
 
 def _multiplied(

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 
@@ -61,10 +60,8 @@ def load_weights(
     has_integers = quantization is not None and quantization.kind in INTEGER_PACKINGS
     strays = take_out_biases(matrices, sliced.local_name, meta) if has_integers else []
     plain, packed = _apart(find_places(sliced, meta, matrices.values(), checkpoint))
-    in_order: dict[str, list[Place]] = {}
-    if device.type == "cpu":
-        in_order = {p.parameter: [p] for p in plain if is_ordered(sliced.model, meta[p.parameter], p)}
-        plain = [place for place in plain if place.parameter not in in_order]
+    in_order = _in_order(sliced, meta, plain) if device.type == "cpu" else {}
+    plain = [place for place in plain if place.parameter not in in_order]
     slots = [Slot.free(sliced.model, meta[name], name, places) for name, places in (packed | in_order).items()]
     _widen(sliced, plain)
     _materialise(sliced.model, device)
@@ -73,7 +70,7 @@ def load_weights(
     for place in sorted(jobs, key=_begins):  # as they arrive
         if isinstance(place, Slot):
             if place.name in in_order:
-                place.fill_in_order(partial(reader.fill_rows, place.places[0].matrix.values))
+                place.fill_in_order(sliced, reader.fill_rows)
             else:
                 place.fill(sliced, quantization, read)
             continue
@@ -107,6 +104,14 @@ def _apart(places: Sequence[Place]) -> tuple[list[Place], dict[str, list[Place]]
             "use another version of this model"
         )
     return plain, packed
+
+
+def _in_order(sliced: SlicedModel, meta: Mapping[str, torch.Tensor], plain: Sequence[Place]) -> dict[str, list[Place]]:
+    """The places of those plain parameters that are put in the order of the processor's products."""
+    places: dict[str, list[Place]] = defaultdict(list)
+    for place in plain:
+        places[place.parameter].append(place)
+    return {name: found for name, found in places.items() if is_ordered(sliced, meta[name], found)}
 
 
 def _widen(sliced: SlicedModel, places: Sequence[Place]) -> None:
@@ -158,7 +163,7 @@ class _Reader:
         return result
 
     def fill_rows(self, tensor: StoredTensor, region: torch.Tensor, first: int) -> None:
-        """Read rows of a matrix into the region, from the row `first` on."""
+        """Read rows of a tensor, of all its matrices on end, into the region, from the row `first` on."""
         self.fill(region, tensor, first * region.shape[1] * tensor.dtype.size_bytes)
 
     def fill(self, region: torch.Tensor, tensor: StoredTensor, skipped: int = 0) -> None:
