@@ -21,7 +21,7 @@ from cluster.models.layout import owned_tensors
 from cluster.types import DType, TensorSpec
 from node.engine import LoadProgress, StageSpec
 from node.engines.torch.engine import TorchEngine
-from node.engines.torch.ordered import Ordered
+from node.engines.torch.ordered import Ordered, OrderedStack
 from node.engines.torch.tensors import device_from
 from tests.checkpoints import FAMILIES, make_checkpoint
 from tests.oracle.conftest import TOLERANCE
@@ -44,7 +44,7 @@ def parameters(engine: TorchEngine) -> dict[str, torch.Tensor]:
     found = {sliced.whole_name(name): value for name, value in sliced.model.named_parameters()}
     for path, module in sliced.model.named_modules():
         for name, value in vars(module).items():
-            if isinstance(value, Ordered):
+            if isinstance(value, Ordered | OrderedStack):
                 found[sliced.whole_name(f"{path}.{name}")] = value.plain()
     return found
 

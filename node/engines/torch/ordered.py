@@ -81,6 +81,10 @@ class OrderedStack:
     def __getitem__(self, index: int | torch.Tensor) -> Ordered:
         return self.experts[int(index)]
 
+    def plain(self) -> torch.Tensor:
+        """A copy, row by row."""
+        return torch.stack([expert.plain() for expert in self.experts])
+
 
 def in_order(shape: torch.Size, dtype: torch.dtype, fill: Fill) -> Ordered:
     """The matrix that `fill` reads."""
