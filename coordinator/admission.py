@@ -16,6 +16,8 @@ from cluster.errors import RequestError
 from cluster.limits import SEQUENCES_MAX
 from cluster.rewinding import EXACT, Rewind
 from cluster.types import SequenceId
+from coordinator.crowding import QueueLimits
+from coordinator.events import SequenceDisplaced
 from coordinator.lanes import Lane
 from coordinator.promises import Promises
 from coordinator.queue import Queue
@@ -40,9 +42,9 @@ class Admission:
     """The waiting and the running sequences of one installed plan. Where a method returns sequences, these were thrown
     out: they wait again, and their caches are to be dropped."""
 
-    def __init__(self, room: Room, promises: Promises) -> None:
+    def __init__(self, room: Room, promises: Promises, limits: QueueLimits | None = None) -> None:
         self._room = room
-        self._queue = Queue()
+        self._queue = Queue(limits)
         self._promises = promises
         self._reserved = 0
         self.running: dict[SequenceId, SequenceState] = {}
@@ -58,8 +60,9 @@ class Admission:
 
     # -- Coming ------------------------------------------------------------------------------------------
 
-    def check(self, asks: Sequence[SequenceAsk], now: float) -> None:
-        """Raise where these choices of one request can never run, or where the queue is full."""
+    def make_room(self, asks: Sequence[SequenceAsk], now: float) -> list[SequenceDisplaced]:
+        """Who has left the queue so that these choices of one request may wait in it. Raises where they can never run,
+        or where the queue is full."""
         for ask in asks:
             if ask.worst_case_tokens > min(self._room.context_tokens, self._room.kv_tokens):
                 raise RequestError(
@@ -67,7 +70,7 @@ class Admission:
                     f"{self._room.context_tokens} tokens",
                     code="context_length_exceeded",
                 )
-        self._queue.check(asks, now)
+        return self._queue.make_room(asks, now)
 
     def submit(self, state: SequenceState) -> None:
         self._queue.push(state)

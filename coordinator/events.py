@@ -45,4 +45,13 @@ class SequenceExpired:
     asked: bool  # the limit was the request's own
 
 
-Event = PrefixCached | TokenDrawn | SequenceEnded | SequenceFailed | SequenceExpired
+@dataclass(frozen=True, slots=True)
+class SequenceDisplaced:
+    """It waited in a full queue, of which its client held most, and made room for another client's. Nothing of it was
+    computed yet."""
+
+    seq: SequenceId
+    retry_after_s: float
+
+
+Event = PrefixCached | TokenDrawn | SequenceEnded | SequenceFailed | SequenceExpired | SequenceDisplaced

@@ -1,22 +1,18 @@
 """Sequences that wait for room: in two lanes, by client, first come first served in each.
 
-Owns who is next, when the queue is full, and when a client that was turned away should come back. Does not know how
-much room there is.
+Owns who is next, and when a client that was turned away should come back. Does not know how much room there is.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from cluster.errors import AtCapacity
-from cluster.limits import (
-    BATCH_PATIENCE_S,
-    QUEUED_PROMPT_TOKENS_MAX,
-    QUEUED_REQUESTS_MAX,
-    RETRY_AFTER_MAX_S,
-)
+from cluster.limits import BATCH_PATIENCE_S, RETRY_AFTER_MAX_S
+from coordinator.crowding import QueueLimits, displaced, prompt_tokens
+from coordinator.events import SequenceDisplaced
 from coordinator.lanes import Lane, Turns
 from coordinator.sequence import SequenceAsk, SequenceState
 
@@ -30,7 +26,8 @@ RETRY_UNKNOWN_S: Final = 5.0
 class Queue:
     """Whoever was submitted and has no room, and whoever had to give room back."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: QueueLimits | None = None) -> None:
+        self._limits = limits or QueueLimits()
         self._lanes: dict[Lane, dict[str, deque[SequenceState]]] = {lane: {} for lane in Lane}
         self._turns = Turns()
         self._left: deque[tuple[float, int]] = deque()  # when somebody left for good, and with how long a prompt
@@ -45,18 +42,21 @@ class Queue:
 
     # -- Coming ------------------------------------------------------------------------------------------
 
-    def check(self, asks: Sequence[SequenceAsk], now: float) -> None:
-        """AtCapacity where the asks' lane is full. An empty lane takes any one request."""
-        waiting = [state for clients in self._lanes[asks[0].lane].values() for state in clients]
-        prompt_tokens = _prompt_tokens(state.ask for state in waiting)
-        requests_over = len(waiting) + len(asks) - QUEUED_REQUESTS_MAX
-        tokens_over = prompt_tokens + _prompt_tokens(asks) - QUEUED_PROMPT_TOKENS_MAX
-        if waiting and (requests_over > 0 or tokens_over > 0):
+    def make_room(self, asks: Sequence[SequenceAsk], now: float) -> list[SequenceDisplaced]:
+        """Who has left so that these choices of one request may wait. AtCapacity where they may not."""
+        waiting = self._lanes[asks[0].lane]
+        leaving = displaced(waiting, asks, self._limits)
+        if leaving is None:
+            all_asks = [state.ask for states in waiting.values() for state in states]
             raise AtCapacity(
-                f"{len(waiting)} requests with {prompt_tokens} prompt tokens are waiting already; "
+                f"{len(all_asks)} requests with {prompt_tokens(all_asks)} prompt tokens are waiting already; "
                 "the queue takes no more, so try again later",
-                retry_after_s=self._retry_after_s(requests_over, tokens_over, now),
+                retry_after_s=self._retry_after_s(*self._limits.over([*all_asks, *asks]), now),
             )
+        back_s = self._retry_after_s(len(leaving), prompt_tokens(state.ask for state in leaving), now)
+        for state in leaving:
+            self.remove(state)
+        return [SequenceDisplaced(state.ask.seq, back_s) for state in leaving]
 
     def push(self, state: SequenceState) -> None:
         self._of(state).append(state)
@@ -111,11 +111,6 @@ class Queue:
             return RETRY_UNKNOWN_S
         span_s = max(now - self._left[0][0], 0.001)
         waits_s = requests_over * span_s / len(self._left)
-        prompt_tokens = max(1, sum(tokens for _, tokens in self._left))
-        waits_s = max(waits_s, tokens_over * span_s / prompt_tokens)
+        tokens_left = max(1, sum(tokens for _, tokens in self._left))
+        waits_s = max(waits_s, tokens_over * span_s / tokens_left)
         return min(waits_s, RETRY_AFTER_MAX_S)
-
-
-def _prompt_tokens(asks: Iterable[SequenceAsk]) -> int:
-    """The choices of one request have one prompt, which is computed once."""
-    return sum({id(ask.prompt): len(ask.prompt) for ask in asks}.values())

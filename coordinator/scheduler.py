@@ -15,6 +15,7 @@ from cluster.limits import STEP_ROWS_MAX, STEP_TOKENS_MAX
 from cluster.steps import CacheVerb, Row, Step, StepDone, StepFailed, StepOutcome, Trim
 from cluster.types import SequenceId, StepId
 from coordinator.admission import Admission, Room
+from coordinator.crowding import QueueLimits
 from coordinator.deadlines import Times
 from coordinator.events import Event, PrefixCached, SequenceEnded, SequenceExpired, SequenceFailed, TokenDrawn
 from coordinator.lanes import Lane, Turns
@@ -45,10 +46,11 @@ class Scheduler:
         pace: Pace | None = None,
         prefixes: PrefixCache | None = None,
         promises: Promises | None = None,
+        queue_limits: QueueLimits | None = None,
     ) -> None:
         self._room = room
         self._budget = budget_tokens
-        self._admission = Admission(room, promises or Promises())
+        self._admission = Admission(room, promises or Promises(), queue_limits)
         self._prefixes = prefixes or PrefixCache(room)
         self._turns = Turns()  # of prompts to be computed
         self._pace = pace or Pace(room.stages)
@@ -62,13 +64,19 @@ class Scheduler:
 
     # -- What is asked -----------------------------------------------------------------------------------
 
-    def submit(self, asks: Sequence[SequenceAsk], now: float) -> None:
-        """Queue the choices of one request: all of them, or AtCapacity and none."""
-        self._admission.check(asks, now)
+    def submit(self, asks: Sequence[SequenceAsk], now: float) -> list[Event]:
+        """Queue the choices of one request: all of them, or AtCapacity and none. Others may have to leave a full queue
+        for them."""
+        events: list[Event] = []
+        for displaced in self._admission.make_room(asks, now):
+            del self._live[displaced.seq]
+            events.append(displaced)
+        request = self._arrived
         for ask in asks:
-            state = self._live[ask.seq] = SequenceState(ask, self._arrived, Times(now))
+            state = self._live[ask.seq] = SequenceState(ask, self._arrived, request, Times(now))
             self._arrived += 1
             self._admission.submit(state)
+        return events
 
     def cancel(self, seq: SequenceId) -> None:
         """Nobody wants this sequence any more; its cache is freed on every stage with the next step."""

@@ -48,6 +48,7 @@ class SequenceState:
 
     ask: SequenceAsk
     number: int  # in the order of arrival
+    request: int  # the number of its request's first choice
     times: Times
     tokens: list[int] = field(init=False)
     promised: int = 0  # cache positions reserved for it; 0 while it waits

@@ -9,12 +9,19 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, replace
 
-from cluster.errors import ClusterError, DeadlineExceeded, NotReady, PotluckError, RequestError
+from cluster.errors import AtCapacity, ClusterError, DeadlineExceeded, NotReady, PotluckError, RequestError
 from cluster.limits import BATCH_TIMEOUT_S
 from cluster.steps import Sampling
 from cluster.types import SequenceId
 from coordinator.deadlines import SERVER_DEADLINES, Deadlines, Limit
-from coordinator.events import PrefixCached, SequenceEnded, SequenceExpired, SequenceFailed, TokenDrawn
+from coordinator.events import (
+    PrefixCached,
+    SequenceDisplaced,
+    SequenceEnded,
+    SequenceExpired,
+    SequenceFailed,
+    TokenDrawn,
+)
 from coordinator.generation import (
     Choice,
     ChoiceEnd,
@@ -155,6 +162,11 @@ class InferenceService:
                         raise ClusterError(why)
                     case SequenceExpired():
                         raise _too_late(event)
+                    case SequenceDisplaced(_, retry_after_s):
+                        raise AtCapacity(
+                            "the queue is full, and your requests hold most of it; others came, so try again later",
+                            retry_after_s=retry_after_s,
+                        )
         finally:
             serving.cancel(list(mine.live.values()))
             del self._open[request.id]

@@ -14,7 +14,15 @@ from collections.abc import Callable, Sequence
 from cluster.errors import NotReady, PotluckError
 from cluster.types import SequenceId
 from coordinator.admission import Room
-from coordinator.events import Event, PrefixCached, SequenceEnded, SequenceExpired, SequenceFailed, TokenDrawn
+from coordinator.events import (
+    Event,
+    PrefixCached,
+    SequenceDisplaced,
+    SequenceEnded,
+    SequenceExpired,
+    SequenceFailed,
+    TokenDrawn,
+)
 from coordinator.pipeline import Pipeline, TimedOutcome
 from coordinator.prefix_cache import PrefixCache, PrefixStatus
 from coordinator.scheduler import Scheduler
@@ -73,10 +81,11 @@ class Serving:
         """Take the choices of one request: all of them, or an error and none."""
         if self._over:
             raise NotReady(self._over)
-        self._scheduler.submit(asks, self._now())
+        events = self._scheduler.submit(asks, self._now())
         for ask in asks:
             self._listeners[ask.seq] = listener
         self._pump()
+        self._deliver(events)
 
     def finish(self, seq: SequenceId) -> None:
         """It has ended well, as its listener found in the text."""
@@ -155,5 +164,7 @@ async def first_token(serving: Serving, ask: SequenceAsk, timeout_s: float) -> N
             raise PotluckError(event.reason)
         case SequenceExpired():
             raise PotluckError(f"no token came out within {event.seconds:.0f} s")
+        case SequenceDisplaced():
+            raise PotluckError("the queue is full")
         case PrefixCached() | TokenDrawn() | SequenceEnded():
             pass

@@ -4,6 +4,7 @@ about 20 ms for a step and 2.5 ms for each token. Times are virtual, so these ho
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterable
 from statistics import median
 
@@ -100,6 +101,17 @@ def test_people_hardly_notice_a_pile_of_batch_work() -> None:
     assert {life.end for life in beside.values()} == {"length"}
     for number in range(1, 9):
         assert beside[number].first_token_s <= 4 * alone[number].first_token_s + 0.5
+
+
+def test_who_sends_more_than_the_queue_holds_keeps_nobody_else_out() -> None:
+    """One client keeps three queues' worth waiting in one, and comes again; others ask now and then."""
+    flood = [asked(1000 + number, 50, 20, at_s=number * 0.05, client="flood") for number in range(3 * 128)]
+    people = [asked(number, 50, 20, at_s=8.0 + number, client=f"person {number % 5}") for number in range(15)]
+    lives = on(1, [*flood, *people], kv_tokens=256)
+    assert {lives[number].end for number in range(15)} == {"length"}
+    ends = Counter(lives[arrival.ask.seq].end for arrival in flood)
+    assert ends["turned away"] > 0 and ends["displaced"] > 0, "the queue was full, and made room"
+    assert ends["length"] > 128, "and the flood goes on as well"
 
 
 def test_batch_work_goes_on_while_people_want_more_than_there_is() -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from cluster.steps import Sampling
 from cluster.types import SequenceId
 from coordinator.admission import Room
+from coordinator.crowding import QueueLimits
 from coordinator.deadlines import Deadlines, Limit
 from coordinator.lanes import Lane
 from coordinator.prefix_cache import PrefixCache
@@ -27,7 +28,7 @@ from coordinator.sequence import SequenceAsk
 from tests.simulation.stages import END, Costs, Stages
 from tests.simulation.world import Arrival, Life, World
 
-ENDS = {"stop", "length", "cancelled", "injected", "turned away", *Limit}
+ENDS = {"stop", "length", "cancelled", "injected", "turned away", "displaced", *Limit}
 
 
 def simulate(seed: int) -> list[Life]:
@@ -42,6 +43,7 @@ def simulate(seed: int) -> list[Life]:
         budget_tokens=rng.choice([1, 7, 24, 2048]),
         prefixes=PrefixCache(room, enabled=False),
         promises=Promises(first_tokens=rng.choice([1, 3, 10, 60])),
+        queue_limits=rng.choice([QueueLimits(), QueueLimits(2, 60), QueueLimits(5, 100)]),
     )
     world = World(scheduler, stages, [_arrival(rng, number, room) for number in range(rng.randint(1, 12))])
     return list(world.run().values())
@@ -83,7 +85,7 @@ def test_every_request_ends_once_as_it_would_alone_and_nothing_is_left(seeds: ra
         seen.update(life.end for life in lives)
         thrown_out += sum(life.drops > 0 and life.end in ("stop", "length") for life in lives)
     # The workloads reach what they are about.
-    assert seen.keys() >= {"stop", "length", "cancelled", "injected", *(Limit)}
+    assert seen.keys() >= {"stop", "length", "cancelled", "injected", "turned away", "displaced", *(Limit)}
     assert thrown_out > 20
 
 

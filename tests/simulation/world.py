@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from cluster.errors import AtCapacity
 from cluster.steps import Draw, Drop, StepDone, StepOutcome
 from cluster.types import SequenceId, StepId
-from coordinator.events import SequenceEnded, SequenceExpired, SequenceFailed, TokenDrawn
+from coordinator.events import Event, SequenceDisplaced, SequenceEnded, SequenceExpired, SequenceFailed, TokenDrawn
 from coordinator.lanes import Lane
 from coordinator.scheduler import Scheduler
 from coordinator.sequence import SequenceAsk
@@ -115,7 +115,7 @@ class World:
 
     def _submit(self, arrival: Arrival) -> None:
         try:
-            self.scheduler.submit([arrival.ask], self._now)
+            self._hear(self.scheduler.submit([arrival.ask], self._now))
         except AtCapacity:
             self._end(arrival.ask.seq, "turned away")
 
@@ -145,7 +145,7 @@ class World:
         assert not self.stages.held, f"the caches of {self.stages.held} were never freed"
         assert (scheduler.running, scheduler.waiting, scheduler.in_flight, scheduler.reserved_tokens) == (0, 0, 0, 0)
 
-    def _hear(self, events: Iterable[TokenDrawn | SequenceEnded | SequenceFailed | SequenceExpired]) -> None:
+    def _hear(self, events: Iterable[Event]) -> None:
         for event in events:
             life = self.lives[event.seq]
             assert not life.end, f"{event} after its end: {life.end}"
@@ -159,6 +159,9 @@ class World:
                     self._end(seq, reason)
                 case SequenceExpired(seq, limit):
                     self._end(seq, limit.value)
+                case SequenceDisplaced(seq):
+                    assert not life.tokens, "a request that had begun made room"
+                    self._end(seq, "displaced")
 
     def _end(self, seq: SequenceId, how: str) -> None:
         life = self.lives[seq]

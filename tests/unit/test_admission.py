@@ -203,7 +203,8 @@ def crowded() -> tuple[Admission, SequenceState, SequenceState]:
     """Two sequences of 3 prompt tokens, promised 40 more each, where 100 tokens have room; and a third one waits."""
     admission = Admission(Room(1, 100, 100), Promises(first_tokens=40))
     states = [
-        SequenceState(ask(number, max_tokens=90, open_ended=number < 2), number, Times(NOW)) for number in range(3)
+        SequenceState(ask(number, max_tokens=90, open_ended=number < 2), number, number, Times(NOW))
+        for number in range(3)
     ]
     for state in states:
         admission.submit(state)
@@ -225,7 +226,7 @@ def test_who_outgrows_its_promise_takes_room_from_juniors_only() -> None:
 def test_nobody_comes_in_while_somebody_waits_for_room_to_go_on() -> None:
     admission, _, young = crowded()
     young.tokens += [50] * 60
-    newcomer = SequenceState(ask(9, prompt=1, max_tokens=1, client="other"), 9, Times(NOW))
+    newcomer = SequenceState(ask(9, prompt=1, max_tokens=1, client="other"), 9, 9, Times(NOW))
     admission.submit(newcomer)
     admission.admit(NOW)
     assert newcomer.ask.seq not in admission.running

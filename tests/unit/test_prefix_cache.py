@@ -203,7 +203,7 @@ def test_waiting_ends_when_the_other_one_fails() -> None:
 def test_who_is_waited_for_may_have_to_begin_again_in_the_same_moment() -> None:
     """Thrown out with too little to keep, and let in once more before anybody looks."""
     cache = PrefixCache(Room(1, 2000, 1000))
-    first, second = (SequenceState(ask(number), number, Times(NOW)) for number in (1, 2))
+    first, second = (SequenceState(ask(number), number, number, Times(NOW)) for number in (1, 2))
     running = {state.ask.seq: state for state in (first, second)}
     for state in running.values():
         state.begin(300, NOW)
