@@ -11,7 +11,7 @@ from typing import TypeVar
 from cluster.errors import WireError
 from cluster.limits import STEP_TOKENS_MAX
 from cluster.models.quantising import BITS
-from cluster.nodes import Heartbeat, LoadPhase, LoadReport, MemoryReport, NodeFacts, NodePhase, Pressure
+from cluster.nodes import GroupMemory, Heartbeat, LoadPhase, LoadReport, MemoryReport, NodeFacts, NodePhase, Pressure
 from cluster.plan import Assignment, Fence
 from cluster.types import (
     Backend,
@@ -29,6 +29,7 @@ from cluster.wire import node_pb2 as pb
 
 _TEXT_CHARS_MAX = 512
 _FORMATS_MAX = 256  # words, of which there are a dozen
+_GROUPS_MAX = 32  # one within the other; systemd nests five
 _PEERS_MAX = 64  # a node asks each of them what it holds; no cluster on a LAN has more
 _Kind = TypeVar("_Kind", Backend, Pressure, DType, NodePhase)
 
@@ -42,6 +43,7 @@ def memory_out(memory: MemoryReport) -> pb.Memory:
         pressure=memory.pressure.value,
         explained=memory.explained,
         reserve_bytes=memory.reserve_bytes,
+        groups=[pb.MemoryGroup(id=group.id, budget_bytes=group.budget_bytes) for group in memory.groups],
     )
 
 
@@ -54,6 +56,7 @@ def memory_in(message: pb.Memory) -> MemoryReport:
         pressure=_member(Pressure, message.pressure),
         explained=_text(message.explained),
         reserve_bytes=message.reserve_bytes,
+        groups=tuple(GroupMemory(_text(group.id), group.budget_bytes) for group in message.groups[:_GROUPS_MAX]),
     )
 
 

@@ -22,6 +22,14 @@ class Pressure(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class GroupMemory:
+    """A control group that limits a node, and what all nodes within it may hold together."""
+
+    id: str  # the same for all nodes of a host that are in it, whatever they call it
+    budget_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryReport:
     """Memory is a budget, not free RAM: what the plan may use, and what is used of it."""
 
@@ -32,6 +40,7 @@ class MemoryReport:
     pressure: Pressure
     explained: str  # one line a person can check: "24.0 GiB RAM, 20.1 GiB available, 15 % kept back"
     reserve_bytes: int = 0  # kept back on purpose: for the system, its person, an engine's own needs, or by `--memory`
+    groups: tuple[GroupMemory, ...] = ()  # that limit this node, the outermost first
 
 
 @dataclass(frozen=True, slots=True)

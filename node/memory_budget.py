@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 from cluster.errors import UsageError
-from cluster.nodes import MemoryReport, Pressure
+from cluster.nodes import GroupMemory, MemoryReport, Pressure
 from cluster.quantities import format_bytes
 
 RESERVE_FRACTION_DEFAULT: Final = 0.15
@@ -25,6 +25,7 @@ def finish(
     cap_bytes: int | None,
     pressure: Pressure,
     facts: list[str],
+    groups: tuple[GroupMemory, ...] = (),
 ) -> MemoryReport:
     """Apply `--memory` and write the line that explains the result. A budget is never negative."""
     budget = max(0, budget_bytes)
@@ -45,6 +46,7 @@ def finish(
         pressure=pressure,
         explained=", ".join(facts),
         reserve_bytes=min(reserve_bytes, total_bytes),
+        groups=groups,
     )
 
 

@@ -1,4 +1,4 @@
-"""How much memory the process's control group leaves it, where a container or a service limits it.
+"""How much memory the process's control groups leave it, where containers or services limit it.
 
 Reads versions 1 and 2 of the kernel's interface below a root folder. A group's limit binds all its children, so
 every group from the process's own up to the top counts. Knows nothing of budgets.
@@ -17,10 +17,11 @@ _UNLIMITED_BYTES: Final = 1 << 60
 
 @dataclass(frozen=True, slots=True)
 class CgroupMemory:
-    """The tightest limit over the process's groups, and the least that any of them leaves."""
+    """The limit of one of the process's groups, and what it leaves."""
 
     limit_bytes: int
     available_bytes: int
+    id: str = ""  # of the kernel's own folder: every container calls its group `/`
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +37,14 @@ _V1: Final = _Layout("memory.limit_in_bytes", "memory.usage_in_bytes", "total_in
 _V2: Final = _Layout("memory.max", "memory.current", "inactive_file")
 
 
-def read_cgroup_memory(root: Path = Path("/")) -> CgroupMemory | None:
-    """None where nothing limits this process, or where the system has no control groups."""
-    found = [
+def read_cgroups(root: Path = Path("/")) -> tuple[CgroupMemory, ...]:
+    """Those that limit this process, the outermost first."""
+    return tuple(
         memory
         for layout, mount, group in _hierarchies(root)
-        for folder in _upwards(mount, group)
+        for folder in reversed(_upwards(mount, group))
         if (memory := _read_group(folder, layout)) is not None
-    ]
-    if not found:
-        return None
-    return CgroupMemory(min(m.limit_bytes for m in found), min(m.available_bytes for m in found))
+    )
 
 
 def _hierarchies(root: Path) -> list[tuple[_Layout, Path, PurePosixPath]]:
@@ -102,7 +100,8 @@ def _read_group(folder: Path, layout: _Layout) -> CgroupMemory | None:
     usage = _read_count(folder / layout.usage) or 0
     cache = re.search(rf"^{layout.cache} (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
     held = usage - int(cache[1]) if cache else usage
-    return CgroupMemory(limit, max(0, limit - max(0, held)))
+    place = folder.stat()
+    return CgroupMemory(limit, max(0, limit - max(0, held)), f"{place.st_dev}:{place.st_ino}")
 
 
 def _read_count(path: Path) -> int | None:

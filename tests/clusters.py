@@ -4,12 +4,13 @@ matters is how they compare, and small numbers read better in a failure."""
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 from cluster.models.facts import LayerFacts, ModelFacts
 from cluster.models.formats import HALF_EXPERTS, Packing
-from cluster.nodes import MemoryReport, NodeFacts, Pressure
+from cluster.nodes import GroupMemory, MemoryReport, NodeFacts, Pressure
 from cluster.placement import stage_cost
 from cluster.types import Backend, DType, Format, HostId, LayerRange, NodeId, TensorSpec
 
@@ -24,19 +25,31 @@ def node(
     *,
     host: str | None = None,
     host_budget_bytes: int | None = None,
+    groups: Mapping[str, int] = MappingProxyType({}),
     backend: Backend = Backend.TORCH,
     formats: frozenset[Format] = EVERYTHING,
 ) -> NodeFacts:
-    """A node; alone on its host unless one is named."""
+    """A node; alone on its host unless one is named. `groups` are the control groups around it, the outermost first,
+    with their budgets."""
     host_bytes = budget_bytes if host_budget_bytes is None else host_budget_bytes
-    memory = MemoryReport(budget_bytes, host_bytes, 0, host_bytes, Pressure.NORMAL, "", host_bytes // 8)
+    around = tuple(GroupMemory(name, group_bytes) for name, group_bytes in groups.items())
+    memory = MemoryReport(budget_bytes, host_bytes, 0, host_bytes, Pressure.NORMAL, "", host_bytes // 8, around)
     return NodeFacts(
         NodeId(f"id-{name}"), name, "default", HostId(host or name), "", backend, "cpu", memory, 1, "", "", formats
     )
 
 
-def with_memory(of: NodeFacts, *, budget_bytes: int, host_budget_bytes: int) -> NodeFacts:
-    memory = replace(of.memory, budget_bytes=budget_bytes, host_budget_bytes=host_budget_bytes)
+def with_memory(
+    of: NodeFacts,
+    *,
+    budget_bytes: int,
+    host_budget_bytes: int,
+    more_in_groups: Mapping[str, int] = MappingProxyType({}),
+) -> NodeFacts:
+    groups = tuple(
+        replace(group, budget_bytes=group.budget_bytes + more_in_groups.get(group.id, 0)) for group in of.memory.groups
+    )
+    memory = replace(of.memory, budget_bytes=budget_bytes, host_budget_bytes=host_budget_bytes, groups=groups)
     return replace(of, memory=memory)
 
 
@@ -114,6 +127,10 @@ def random_nodes(rng: random.Random, facts: ModelFacts, count_max: int, *, conte
     alike = rng.random() < 0.3
     hosts = {name: rng.randint(largest // 2, 2 * largest) for name in "xy"} if rng.random() < 0.6 else {}
     is_crowded = bool(hosts) and rng.random() < 0.5
+    inner = {name: rng.randint(largest // 3, largest) for name in "pq"}
+    outer = rng.randint(largest // 2, 2 * largest)
+    kinds = [{}, {"p": inner["p"]}, {"slice": outer}, {"slice": outer, "q": inner["q"]}]
+    is_grouped = bool(hosts) and rng.random() < 0.5
     nodes = []
     for index in range(max(rng.randint(1, count_max), rng.randint(1, count_max))):
         host = rng.choice([*hosts] if is_crowded else [None, *hosts])
@@ -123,6 +140,7 @@ def random_nodes(rng: random.Random, facts: ModelFacts, count_max: int, *, conte
                 largest if alike else rng.randint(largest // 3, largest),
                 host=host,
                 host_budget_bytes=hosts[host] + rng.choice([0, 0, 50]) if host else None,
+                groups=rng.choice(kinds) if host and is_grouped else {},
                 formats=EVERYTHING if rng.random() < 0.7 else rng.choice([UNPACKED, PACKED, EVERYTHING]),
                 backend=backend if rng.random() < 0.7 else rng.choice([*Backend]),
             )

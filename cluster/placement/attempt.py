@@ -1,7 +1,7 @@
 """One attempt to place all layers in so many stages of at most so many streamed bytes.
 
-Owns: the walk from the first layer to the last, and the memory that nodes share on a host. The bounds already know
-which ends lead somewhere, so without shared hosts the walk never turns back. With them it may, and gives up after
+Owns: the walk from the first layer to the last, and the memory that nodes share. The bounds already know which ends
+lead somewhere, so where nothing is shared the walk never turns back. With them it may, and gives up after
 VISITS_MAX stages tried.
 """
 
@@ -14,16 +14,15 @@ import numpy as np
 
 from cluster.placement.bounds import Bounds
 from cluster.placement.costs import CostTable, Matrix
-from cluster.placement.pool import Pool
-from cluster.types import HostId
+from cluster.placement.pool import Area, Pool, together
 
 VISITS_MAX: Final = 2_500
 
 Assignment = list[tuple[int, int, int]]
 """For each stage: the candidate's index in the pool, and its range as indexes of cuts."""
 
-Left = Mapping[HostId, int]
-"""Bytes that the shared hosts still have."""
+Left = Mapping[Area, int]
+"""Bytes that the shared areas still have."""
 
 
 class Attempt:
@@ -39,7 +38,7 @@ class Attempt:
         count: int,
         limit: int,
     ) -> None:
-        self._table, self._candidates, self._host_budgets = table, pool.candidates, pool.host_budgets
+        self._table, self._candidates, self._shared_budgets = table, pool.candidates, pool.shared_budgets
         self._fitting, self._kinds, self._bounds = fitting, kinds, bounds
         self._memory = [table.memory(candidate.node.backend) for candidate in pool.candidates]
         self._unused_at_end = len(pool.candidates) - count
@@ -48,7 +47,7 @@ class Attempt:
 
     def find(self) -> Assignment | None:
         """The preferred stages: the first candidates, the most even shares."""
-        return self._extend(0, tuple(range(len(self._candidates))), self._host_budgets)
+        return self._extend(0, tuple(range(len(self._candidates))), self._shared_budgets)
 
     def _extend(self, begin: int, unused: tuple[int, ...], left: Left) -> Assignment | None:
         """Place the layers from the cut `begin` on."""
@@ -57,18 +56,19 @@ class Attempt:
             return []
         if left and self._is_hopeless(begin, unused, remaining, left):
             return None
-        tried: set[tuple[int, HostId | None]] = set()
+        tried: set[tuple[int, tuple[Area, ...]]] = set()
         for choice in self._bounds.choices(unused):
-            host = self._candidates[choice].shared_host
-            if (self._kinds[choice], host) in tried:
+            areas = self._candidates[choice].shared
+            if (self._kinds[choice], areas) in tried:
                 continue
-            tried.add((self._kinds[choice], host))
+            tried.add((self._kinds[choice], areas))
             others = tuple(index for index in unused if index != choice)
             for end in self._ends(begin, choice, others, remaining):
                 left_after = left
-                if host is not None:
-                    left_after = {**left, host: left[host] - int(self._memory[choice][begin, end])}
-                    if left_after[host] < 0:
+                if areas:
+                    taken = int(self._memory[choice][begin, end])
+                    left_after = {**left, **{area: left[area] - taken for area in areas}}
+                    if any(left_after[area] < 0 for area in areas):
                         continue
                 found = self._extend(end, others, left_after)
                 if found is not None:
@@ -95,16 +95,6 @@ class Attempt:
 
     def _room(self, unused: tuple[int, ...], remaining: int, left: Left) -> int:
         """What `remaining` stages can have at most."""
-        alone = 0
-        on_host = dict.fromkeys(left, 0)
-        each = []
-        for index in unused:
-            budget, host = self._candidates[index].budget_bytes, self._candidates[index].shared_host
-            if host is None:
-                alone += budget
-            else:
-                on_host[host] += budget
-                budget = min(budget, left[host])
-            each.append(budget)
-        together = alone + sum(min(left[host], budgets) for host, budgets in on_host.items())
-        return min(together, sum(sorted(each)[-remaining:]))
+        candidates = [self._candidates[index] for index in unused]
+        each = sorted(min([one.budget_bytes, *(left[area] for area in one.shared)]) for one in candidates)
+        return min(together(candidates, left), sum(each[-remaining:]))

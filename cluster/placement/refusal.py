@@ -182,21 +182,24 @@ def _one_of_each(pool: Pool) -> list[NodeFacts]:
     """One node for each kind of machine: two alike lack the same."""
     found: dict[object, NodeFacts] = {}
     for candidate in pool.candidates:
-        found.setdefault((candidate.kind, candidate.shared_host), candidate.node)
+        found.setdefault((candidate.kind, candidate.shared), candidate.node)
     return list(found.values())
 
 
 def _grown(pool: Pool, grown: NodeFacts, extra: int) -> Pool:
-    """The pool with `extra` bytes more in one machine, and in that node's share of it."""
+    """The pool with `extra` bytes more in one machine, in that node's share of it, and in the groups around it."""
 
     def after(node: NodeFacts) -> NodeFacts:
         if node.host != grown.host:
             return node
         own = extra if node.id == grown.id else 0
+        around = {group.id for group in grown.memory.groups}
+        groups = (replace(g, budget_bytes=g.budget_bytes + extra * (g.id in around)) for g in node.memory.groups)
         memory = replace(
             node.memory,
             budget_bytes=node.memory.budget_bytes + own,
             host_budget_bytes=node.memory.host_budget_bytes + extra,
+            groups=tuple(groups),
         )
         return replace(node, memory=memory)
 

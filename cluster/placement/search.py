@@ -58,7 +58,7 @@ class StageSearch:
             pool = self._pool if size == len(candidates) else self._pool.among(candidates[:size])
             # The node that has to come first also leads the order in which nodes are tried.
             ordered = sorted(pool.candidates, key=lambda each: each.node.id != self._first)
-            self._searches[size, leads] = _Search(self._table, Pool(tuple(ordered), pool.host_budgets), leads=leads)
+            self._searches[size, leads] = _Search(self._table, Pool(tuple(ordered), pool.shared_budgets), leads=leads)
         return self._searches[size, leads]
 
 
@@ -102,9 +102,9 @@ class _Search:
         if lowest == NEVER:
             return None
         found = self._find(count, lowest)
-        if found is not None or not self._pool.host_budgets:
+        if found is not None or not self._pool.shared_budgets:
             return found
-        # The bound knows nothing of shared hosts. What fits grows with the limit, so bisect it.
+        # The bound knows nothing of shared memory. What fits grows with the limit, so bisect it.
         found = self.any(count)
         limits = np.unique(self._table.streamed[self._table.streamed > lowest])
         low, high = 0, len(limits[limits < NEVER]) - 2

@@ -37,6 +37,28 @@ class DescribeRequest(_message.Message):
 Global___DescribeRequest: _TypeAlias = DescribeRequest  # noqa: Y015
 
 @_typing.final
+class MemoryGroup(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    BUDGET_BYTES_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    budget_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        budget_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MemoryGroup: _TypeAlias = MemoryGroup  # noqa: Y015
+
+@_typing.final
 class Memory(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -47,6 +69,7 @@ class Memory(_message.Message):
     PRESSURE_FIELD_NUMBER: _builtins.int
     EXPLAINED_FIELD_NUMBER: _builtins.int
     RESERVE_BYTES_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
     budget_bytes: _builtins.int
     host_budget_bytes: _builtins.int
     used_bytes: _builtins.int
@@ -55,6 +78,10 @@ class Memory(_message.Message):
     explained: _builtins.str
     reserve_bytes: _builtins.int
     """kept back on purpose"""
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemoryGroup]:
+        """control groups around the node, the outermost first"""
+
     def __init__(
         self,
         *,
@@ -65,10 +92,11 @@ class Memory(_message.Message):
         pressure: _builtins.str = ...,
         explained: _builtins.str = ...,
         reserve_bytes: _builtins.int = ...,
+        groups: _abc.Iterable[Global___MemoryGroup] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "explained", b"explained", "host_budget_bytes", b"host_budget_bytes", "pressure", b"pressure", "reserve_bytes", b"reserve_bytes", "total_bytes", b"total_bytes", "used_bytes", b"used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "explained", b"explained", "groups", b"groups", "host_budget_bytes", b"host_budget_bytes", "pressure", b"pressure", "reserve_bytes", b"reserve_bytes", "total_bytes", b"total_bytes", "used_bytes", b"used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,6 +10,7 @@ import pytest
 
 from cluster import messages
 from cluster.errors import WireError
+from cluster.nodes import GroupMemory
 from cluster.plan import Assignment, Fence
 from cluster.types import DeploymentId, DType, Epoch, LayerRange, ModelId, TensorSpec
 from coordinator.install import Source, _assignment
@@ -59,3 +60,9 @@ def test_an_assignment_arrives_as_it_was_sent() -> None:
 def test_a_node_is_described_with_the_formats_that_it_reads() -> None:
     facts = node("a", 8)
     assert messages.description_in(messages.description_out(facts, ""), "").formats == facts.formats != frozenset()
+
+
+def test_a_node_is_described_with_the_control_groups_around_it() -> None:
+    facts = node("a", 8, groups={"slice": 20, "scope": 10})
+    found = messages.description_in(messages.description_out(facts, ""), "").memory
+    assert found.groups == facts.memory.groups == (GroupMemory("slice", 20), GroupMemory("scope", 10))

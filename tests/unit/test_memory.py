@@ -11,13 +11,13 @@ from types import SimpleNamespace
 import pytest
 
 from cluster.errors import UsageError
-from cluster.nodes import Pressure
+from cluster.nodes import GroupMemory, Pressure
 from cluster.quantities import GIB, MIB
 from cluster.types import Backend
 from node import memory_cuda
 from node.hardware import Device, measure_memory
 from node.memory_apple import AppleFacts, apple_report
-from node.memory_cgroup import CgroupMemory, read_cgroup_memory
+from node.memory_cgroup import CgroupMemory, read_cgroups
 from node.memory_cuda import CONTEXT_BYTES, LIBRARY_BYTES, GpuMemory, cuda_report
 from node.memory_ram import RamFacts, ram_report
 
@@ -25,37 +25,37 @@ from node.memory_ram import RamFacts, ram_report
 
 
 def test_ram_is_what_is_available_less_the_reserve() -> None:
-    report = ram_report(RamFacts(32 * GIB, 24 * GIB, None), used_bytes=0, cap_bytes=None, reserve_fraction=None)
+    report = ram_report(RamFacts(32 * GIB, 24 * GIB), used_bytes=0, cap_bytes=None, reserve_fraction=None)
     assert report.budget_bytes == report.host_budget_bytes == 24 * GIB - int(32 * GIB * 0.15)
     assert report.explained == "32.0 GiB RAM, 24.0 GiB available, 15 % kept back"
 
 
 def test_a_budget_is_the_same_before_and_after_a_load() -> None:
-    before = ram_report(RamFacts(32 * GIB, 24 * GIB, None), used_bytes=0, cap_bytes=None, reserve_fraction=None)
-    after = ram_report(RamFacts(32 * GIB, 14 * GIB, None), used_bytes=10 * GIB, cap_bytes=None, reserve_fraction=None)
+    before = ram_report(RamFacts(32 * GIB, 24 * GIB), used_bytes=0, cap_bytes=None, reserve_fraction=None)
+    after = ram_report(RamFacts(32 * GIB, 14 * GIB), used_bytes=10 * GIB, cap_bytes=None, reserve_fraction=None)
     assert after.budget_bytes == before.budget_bytes
     assert after.used_bytes == 10 * GIB
 
 
 def test_a_cap_lowers_the_nodes_budget_and_not_the_hosts() -> None:
-    facts = RamFacts(32 * GIB, 24 * GIB, None)
+    facts = RamFacts(32 * GIB, 24 * GIB)
     report = ram_report(facts, used_bytes=0, cap_bytes=8 * GIB, reserve_fraction=0.0)
     assert (report.budget_bytes, report.host_budget_bytes) == (8 * GIB, 24 * GIB)
     assert report.explained.endswith("at most 8.0 GiB by --memory")
 
 
 def test_a_cap_never_raises_a_budget() -> None:
-    report = ram_report(RamFacts(32 * GIB, 4 * GIB, None), used_bytes=0, cap_bytes=8 * GIB, reserve_fraction=0.0)
+    report = ram_report(RamFacts(32 * GIB, 4 * GIB), used_bytes=0, cap_bytes=8 * GIB, reserve_fraction=0.0)
     assert report.budget_bytes == 4 * GIB
 
 
 def test_a_cap_above_the_machines_memory_is_refused() -> None:
     with pytest.raises(UsageError, match=r"--memory asks for 64\.0 GiB, and there are 32\.0 GiB"):
-        ram_report(RamFacts(32 * GIB, 24 * GIB, None), used_bytes=0, cap_bytes=64 * GIB, reserve_fraction=None)
+        ram_report(RamFacts(32 * GIB, 24 * GIB), used_bytes=0, cap_bytes=64 * GIB, reserve_fraction=None)
 
 
 def test_a_full_machine_has_a_budget_of_nothing_rather_than_less() -> None:
-    report = ram_report(RamFacts(32 * GIB, 1 * GIB, None), used_bytes=0, cap_bytes=None, reserve_fraction=None)
+    report = ram_report(RamFacts(32 * GIB, 1 * GIB), used_bytes=0, cap_bytes=None, reserve_fraction=None)
     assert (report.budget_bytes, report.host_budget_bytes) == (0, 0)
 
 
@@ -63,16 +63,32 @@ def test_a_full_machine_has_a_budget_of_nothing_rather_than_less() -> None:
     ("available", "expected"), [(0.11, Pressure.NORMAL), (0.09, Pressure.HIGH), (0.04, Pressure.CRITICAL)]
 )
 def test_pressure_follows_what_is_available(available: float, expected: Pressure) -> None:
-    facts = RamFacts(100 * GIB, int(available * 100 * GIB), None)
+    facts = RamFacts(100 * GIB, int(available * 100 * GIB))
     assert ram_report(facts, used_bytes=0, cap_bytes=None, reserve_fraction=None).pressure is expected
 
 
 def test_a_control_groups_limit_counts_as_the_machines_size() -> None:
-    facts = RamFacts(64 * GIB, 60 * GIB, CgroupMemory(8 * GIB, 6 * GIB))
+    facts = RamFacts(64 * GIB, 60 * GIB, (CgroupMemory(8 * GIB, 6 * GIB, "a"),))
     report = ram_report(facts, used_bytes=0, cap_bytes=None, reserve_fraction=None)
     assert report.total_bytes == 8 * GIB
     assert report.budget_bytes == 6 * GIB - int(8 * GIB * 0.15)
     assert "limited to 8.0 GiB by its control group" in report.explained
+
+
+def test_what_the_machine_and_each_group_have_for_all_their_nodes_is_told_apart() -> None:
+    groups = (CgroupMemory(32 * GIB, 20 * GIB, "outer"), CgroupMemory(8 * GIB, 8 * GIB, "inner"))
+    facts = RamFacts(64 * GIB, 60 * GIB, groups)
+    report = ram_report(facts, used_bytes=GIB, cap_bytes=4 * GIB, reserve_fraction=0.25)
+    assert report.budget_bytes == 4 * GIB
+    assert report.groups == (GroupMemory("outer", (20 + 1 - 8) * GIB), GroupMemory("inner", (8 - 2) * GIB))
+    assert report.host_budget_bytes == (60 + 1 - 16) * GIB
+
+
+def test_what_the_machine_keeps_back_is_no_smaller_groups_business() -> None:
+    """A lone node in a group keeps the group's reserve, however full the machine is beside it."""
+    facts = RamFacts(64 * GIB, 8 * GIB, (CgroupMemory(8 * GIB, 8 * GIB, "a"),))
+    report = ram_report(facts, used_bytes=0, cap_bytes=None, reserve_fraction=0.25)
+    assert report.budget_bytes == report.host_budget_bytes == 6 * GIB
 
 
 def test_this_machine_has_a_budget_below_its_memory() -> None:
@@ -82,7 +98,7 @@ def test_this_machine_has_a_budget_below_its_memory() -> None:
 
 
 def test_what_is_kept_back_and_what_others_use_make_up_the_rest_of_the_memory() -> None:
-    ram = RamFacts(32 * GIB, 24 * GIB, None)
+    ram = RamFacts(32 * GIB, 24 * GIB)
     report = ram_report(ram, used_bytes=0, cap_bytes=None, reserve_fraction=None)
     assert report.reserve_bytes == int(32 * GIB * 0.15)
     assert report.total_bytes - report.reserve_bytes - report.budget_bytes == 8 * GIB  # in use by others
@@ -110,20 +126,23 @@ V2_MOUNT = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw"
 V1_MOUNT = "35 31 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory"
 
 
-def test_version_2_counts_the_tightest_group_up_to_the_top(tmp_path: Path) -> None:
+def test_version_2_counts_every_group_from_the_top(tmp_path: Path) -> None:
     at = "sys/fs/cgroup/user.slice"
     root = _tree(tmp_path, "0::/user.slice/app.scope", V2_MOUNT, {
         f"{at}/memory.max": 4 * GIB, f"{at}/memory.current": 3 * GIB,
         f"{at}/memory.stat": f"anon 1\ninactive_file {GIB}",
         f"{at}/app.scope/memory.max": 6 * GIB, f"{at}/app.scope/memory.current": 5 * GIB,
     })  # fmt: skip
-    # user.slice leaves 4 - (3 - 1) GiB, app.scope 6 - 5 GiB: the smaller counts.
-    assert read_cgroup_memory(root) == CgroupMemory(4 * GIB, 1 * GIB)
+    outer, inner = read_cgroups(root)
+    assert (outer.limit_bytes, outer.available_bytes) == (4 * GIB, (4 - (3 - 1)) * GIB)
+    assert (inner.limit_bytes, inner.available_bytes) == (6 * GIB, 1 * GIB)
+    assert outer.id != inner.id
+    assert read_cgroups(root) == (outer, inner)
 
 
 def test_version_2_without_a_limit_is_none(tmp_path: Path) -> None:
     files: dict[str, object] = {"sys/fs/cgroup/a/memory.max": "max", "sys/fs/cgroup/a/memory.current": GIB}
-    assert read_cgroup_memory(_tree(tmp_path, "0::/a", V2_MOUNT, files)) is None
+    assert read_cgroups(_tree(tmp_path, "0::/a", V2_MOUNT, files)) == ()
 
 
 def test_version_1_is_found_by_its_controller_and_its_huge_number_is_no_limit(tmp_path: Path) -> None:
@@ -133,7 +152,8 @@ def test_version_1_is_found_by_its_controller_and_its_huge_number_is_no_limit(tm
         f"{at}/svc/one/memory.limit_in_bytes": 2 * GIB, f"{at}/svc/one/memory.usage_in_bytes": GIB,
         f"{at}/svc/one/memory.stat": f"inactive_file 5\ntotal_inactive_file {GIB // 2}",
     })  # fmt: skip
-    assert read_cgroup_memory(root) == CgroupMemory(2 * GIB, 2 * GIB - GIB // 2)
+    (found,) = read_cgroups(root)
+    assert (found.limit_bytes, found.available_bytes) == (2 * GIB, 2 * GIB - GIB // 2)
 
 
 @pytest.mark.parametrize(
@@ -143,15 +163,16 @@ def test_version_1_is_found_by_its_controller_and_its_huge_number_is_no_limit(tm
 def test_a_container_finds_its_own_group_at_the_mount(tmp_path: Path, group: str, mount_root: str) -> None:
     mount = f"30 23 0:26 {mount_root} /sys/fs/cgroup ro - cgroup2 cgroup rw"
     files: dict[str, object] = {"sys/fs/cgroup/memory.max": GIB, "sys/fs/cgroup/memory.current": 0}
-    assert read_cgroup_memory(_tree(tmp_path, f"0::{group}", mount, files)) == CgroupMemory(GIB, GIB)
+    (found,) = read_cgroups(_tree(tmp_path, f"0::{group}", mount, files))
+    assert (found.limit_bytes, found.available_bytes) == (GIB, GIB)
 
 
 def test_a_machine_without_control_groups_is_unlimited(tmp_path: Path) -> None:
-    assert read_cgroup_memory(tmp_path) is None
+    assert read_cgroups(tmp_path) == ()
 
 
 def test_nonsense_in_proc_is_no_limit(tmp_path: Path) -> None:
-    assert read_cgroup_memory(_tree(tmp_path, "garbage\n::", "30 23 -\n - cgroup2\n\n", {})) is None
+    assert read_cgroups(_tree(tmp_path, "garbage\n::", "30 23 -\n - cgroup2\n\n", {})) == ()
 
 
 # -- Apple -----------------------------------------------------------------------------------------------

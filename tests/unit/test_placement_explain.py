@@ -6,7 +6,9 @@ import pytest
 
 from cluster.cli.display import plan_lines
 from cluster.models.formats import Packing
+from cluster.nodes import NodeFacts
 from cluster.placement import Ask, describe, place, rough_fits
+from cluster.placement.pool import pool_of
 from cluster.quantities import GIB, format_bytes
 from cluster.types import Backend, Format
 from tests.clusters import model, node
@@ -58,6 +60,19 @@ def test_a_pool_holds_larger_models_than_its_nodes() -> None:
 def test_packed_models_need_nodes_that_read_them() -> None:
     assert largest([node("a", 80 * GIB, formats=frozenset({Format(Packing.NONE)}))], 4) == 0
     assert largest([node("a", 80 * GIB)], 4) == 120
+
+
+def test_groups_of_one_machine_count_apart_and_the_machine_bounds_their_sum() -> None:
+    def in_groups(machine: int, **groups: int) -> list[NodeFacts]:
+        nodes = {"a": "p", "b": "p", "c": "q"}
+        return [
+            node(name, 8 * GIB, host="box", host_budget_bytes=machine, groups={group: groups[group]})
+            for name, group in nodes.items()
+        ]
+
+    assert pool_of(in_groups(64 * GIB, p=8 * GIB, q=6 * GIB)).usable_bytes == 14 * GIB
+    assert pool_of(in_groups(12 * GIB, p=8 * GIB, q=6 * GIB)).usable_bytes == 12 * GIB
+    assert pool_of(in_groups(64 * GIB, p=64 * GIB, q=64 * GIB)).usable_bytes == 24 * GIB
 
 
 def test_a_shared_host_counts_once() -> None:

@@ -48,10 +48,17 @@ def place_or_none(facts: ModelFacts, nodes: Sequence[NodeFacts], ask: Ask) -> Pl
         return None
 
 
-def host_budgets(nodes: Sequence[NodeFacts]) -> dict[HostId, int]:
-    found: dict[HostId, int] = {}
+def around(each: NodeFacts) -> dict[tuple[HostId, str], int]:
+    """The machine and the control groups that a node shares, with the budgets of their nodes together."""
+    groups = {(each.host, group.id): group.budget_bytes for group in each.memory.groups}
+    return {(each.host, ""): each.memory.host_budget_bytes, **groups}
+
+
+def area_budgets(nodes: Sequence[NodeFacts]) -> dict[tuple[HostId, str], int]:
+    found: dict[tuple[HostId, str], int] = {}
     for each in nodes:
-        found[each.host] = min(each.memory.host_budget_bytes, found.get(each.host, NEVER))
+        for area, budget in around(each).items():
+            found[area] = min(budget, found.get(area, NEVER))
     return found
 
 
@@ -68,7 +75,7 @@ def test_every_layer_is_owned_once_within_every_budget(seed: int) -> None:
     assert [layer for stage in plan.stages for layer in stage.layers] == list(range(facts.layer_count))
     assert len({stage.node for stage in plan.stages}) == len(plan.stages) >= ask.stages_min
     assert {stage.layers.first for stage in plan.stages} <= facts.legal_cuts
-    on_host: dict[HostId, int] = defaultdict(int)
+    used: dict[tuple[HostId, str], int] = defaultdict(int)
     for stage in plan.stages:
         cost = stage_cost(facts, stage.layers, stage.backend, context=8, users=ask.users)
         found = (stage.weight_bytes, stage.kv_bytes, stage.workspace_bytes, stage.streamed_bytes)
@@ -77,9 +84,10 @@ def test_every_layer_is_owned_once_within_every_budget(seed: int) -> None:
         assert stage.backend == by_id[stage.node].backend
         assert stage.backend in facts.backends
         assert by_id[stage.node].formats >= facts.formats
-        on_host[by_id[stage.node].host] += stage.memory_bytes
-    budgets = host_budgets(nodes)
-    assert all(used <= budgets[host] for host, used in on_host.items())
+        for area in around(by_id[stage.node]):
+            used[area] += stage.memory_bytes
+    budgets = area_budgets(nodes)
+    assert all(used[area] <= budgets[area] for area in used)
     assert {stage.node for stage in plan.stages} | {left for left, _ in plan.left_out} == set(by_id)
 
 
@@ -87,7 +95,7 @@ def every_placement(facts: ModelFacts, nodes: Sequence[NodeFacts], ask: Ask, cou
     """All placements in `count` stages that fit, written as plainly as possible: whether `first` is where it should
     be, and the largest stage."""
     usable = [each for each in nodes if each.backend in facts.backends and each.formats >= facts.formats]
-    budgets = host_budgets(usable)
+    budgets = area_budgets(usable)
     inner_cuts = sorted(facts.legal_cuts - {0})
     for inner in itertools.combinations(inner_cuts, count - 1):
         ends = [0, *inner, facts.layer_count]
@@ -97,11 +105,12 @@ def every_placement(facts: ModelFacts, nodes: Sequence[NodeFacts], ask: Ask, cou
             for backend in facts.backends
         }
         for order in itertools.permutations(usable, count):
-            on_host: dict[HostId, int] = defaultdict(int)
+            used: dict[tuple[HostId, str], int] = defaultdict(int)
             for each, position in zip(order, range(count), strict=True):
                 needed = costs[each.backend][position].memory_bytes
-                on_host[each.host] += needed
-                if needed > each.memory.budget_bytes or on_host[each.host] > budgets[each.host]:
+                for area in around(each):
+                    used[area] += needed
+                if needed > each.memory.budget_bytes or any(used[area] > budgets[area] for area in around(each)):
                     break
             else:
                 largest = max(costs[each.backend][i].streamed_bytes for i, each in enumerate(order))
@@ -151,6 +160,34 @@ def test_agrees_with_brute_force_where_two_crowded_hosts_decide(seed: int) -> No
     assert found == brute_force(facts, nodes, ask)
 
 
+@seeded(300)
+@given(SEEDS)
+def test_agrees_with_brute_force_where_groups_within_a_machine_decide(seed: int) -> None:
+    """Two groups of two nodes, which together have more than the machine, and each a little more than its share."""
+    rng = random.Random(seed)
+    facts = random_model(rng, 8)
+    backend = min(facts.backends)
+    whole = stage_cost(facts, LayerRange(0, facts.layer_count), backend, context=8, users=1).memory_bytes
+    share = rng.uniform(0.2, 0.8)
+    budgets = {"p": int(whole * share) + rng.randint(500, 1500), "q": int(whole * (1 - share)) + rng.randint(500, 1500)}
+    machine = whole + rng.randint(0, 2500)
+    nodes = [
+        node(
+            f"n{index}",
+            rng.randint(whole // 4, whole),
+            host="x",
+            host_budget_bytes=machine,
+            groups={group: budgets[group]},
+            backend=backend,
+        )
+        for index, group in enumerate(rng.choice(["ppqq", "pqqq", "pqpq"]))
+    ]
+    ask = Ask(8, stages_min=rng.randint(1, 4))
+    plan = place_or_none(facts, nodes, ask)
+    found = plan and (len(plan.stages), False, max(stage.streamed_bytes for stage in plan.stages))
+    assert found == brute_force(facts, nodes, ask)
+
+
 @seeded(200)
 @given(SEEDS)
 def test_the_order_of_the_nodes_changes_nothing(seed: int) -> None:
@@ -172,11 +209,13 @@ def test_more_memory_never_turns_success_into_refusal(seed: int) -> None:
     ask = random_ask(rng, nodes)
     if place_or_none(facts, nodes, ask) is None:
         return
+    more_in_groups = {name: rng.choice([0, 100, 3000]) for name in ("slice", "p", "q")}
     grown = [
         with_memory(
             each,
             budget_bytes=each.memory.budget_bytes + rng.choice([0, 100, 3000]),
             host_budget_bytes=each.memory.host_budget_bytes + rng.choice([0, 100, 3000]),
+            more_in_groups=more_in_groups,
         )
         for each in nodes
     ]

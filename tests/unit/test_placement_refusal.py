@@ -82,13 +82,14 @@ def is_placeable_with(facts: ModelFacts, nodes: list[NodeFacts], ask: Ask) -> bo
 
 
 def with_more(nodes: list[NodeFacts], lucky: NodeFacts, extra: int) -> list[NodeFacts]:
-    """`extra` bytes more in the machine of `lucky`, all of them for it."""
-    changed = []
+    """`extra` bytes more in the machine of `lucky` and in the groups around it, all of them for it."""
+    changed, groups = [], {group.id: extra for group in lucky.memory.groups}
     for each in nodes:
         if each.host == lucky.host:
             budget = each.memory.budget_bytes + (extra if each.id == lucky.id else 0)
             host_budget = each.memory.host_budget_bytes + extra
-            changed.append(with_memory(each, budget_bytes=budget, host_budget_bytes=host_budget))
+            more = with_memory(each, budget_bytes=budget, host_budget_bytes=host_budget, more_in_groups=groups)
+            changed.append(more)
         else:
             changed.append(each)
     return changed
