@@ -34,6 +34,7 @@ from tests.bench.targets import (
     one_user,
     over_links,
     second_turn,
+    weights,
 )
 
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
@@ -54,6 +55,8 @@ TARGETS: dict[int, Measure] = {
     9: gpu.rows,
     10: one_core.rows,
 }
+WITHOUT_ARMS = {weights.TARGET}
+"""What no form of the model has a part in."""
 EVERY_FORM = {1, 2, 3, 5}
 """What is measured on every form; the rest on the first one only."""
 ONLY = {FORMS["hybrid"]: {5}}
@@ -78,6 +81,9 @@ def main() -> int:
         if 7 in options.only:
             table.begin("The coordinator by itself")
             table.add(7, lambda: hops.coordinator_rows(effort.coordinator_seconds))
+        if weights.TARGET in options.only:
+            table.begin("Weights over links")
+            table.add(weights.TARGET, lambda: weights.rows(effort))
     sys.stdout.write(f"The page is {options.write}\n")
     return 0
 
@@ -112,10 +118,11 @@ def _options() -> argparse.Namespace:
     unknown = [name for name in options.forms if name not in FORMS]
     if unknown:
         raise UsageError(f"expected --forms of {', '.join(FORMS)}, found {unknown[0]!r}")
-    numbers = options.only.split(",") if options.only else map(str, TARGETS)
-    if not all(number.isdecimal() and int(number) in TARGETS for number in numbers):
-        raise UsageError(f"expected --only with numbers from 1 to 10, such as 1,3, found {options.only!r}")
-    options.only = {int(number) for number in options.only.split(",")} if options.only else set(TARGETS)
+    known = TARGETS.keys() | WITHOUT_ARMS
+    numbers = options.only.split(",") if options.only else map(str, known)
+    if not all(number.isdecimal() and int(number) in known for number in numbers):
+        raise UsageError(f"expected --only with numbers from 1 to {max(known)}, such as 1,3, found {options.only!r}")
+    options.only = {int(number) for number in options.only.split(",")} if options.only else set(known)
     return options
 
 

@@ -31,6 +31,8 @@ _METHOD = """## Method
   many bytes a second, so much later, and on the Wi-Fi some later still, which holds up those behind them. The ceiling
   counts a token's way over the same emulation, measured alone with pauses for the stages' passes, so what the emulator
   itself costs is in both. Four frames of a token may be late: what it sends each way, and TCP's acknowledgements.
+- **Weights** come to a namespace with an empty folder over cables shaped to 1 Gbit/s, in turns with plain sockets over
+  the same cables. Sources, receiver, cables and hashes share this machine's cores, and all files lie in memory.
 - **llama.cpp** is built from the sources inside `llama-cpp-python`, whose own server answers one request at a time;
   llama.cpp's server batches. Its RPC arm has a worker with one thread on each node's core and half of the layers in
   each; "4 bits" is its Q4_0 of the same weights. Its server shares the coordinators' cores.
