@@ -20,6 +20,7 @@ from cluster.types import Backend
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN, PAGE = ROOT / "docs" / "models.json", ROOT / "docs" / "models.md"
 FULL_PRECISION = "full precision"
+FULL_WIDTH = "float32"
 
 Shown = Mapping[str, object]
 """One line of the file: family, format, dtype, engines (of the stages, in order), judge and tolerance."""
@@ -35,9 +36,16 @@ differed by more than the tolerance. The library after the tolerance is the one 
 checkpoint, with the same packed weights or with what they unpack to. Where MLX stands alone it is mostly held to
 `mlx-lm`'s own numbers, which is stricter.
 
-Activations, and what scales GGUF's codes, were float32 unless the row says otherwise: in 16 bits tolerances are too
-wide to tell a wrong model by its text (`potluck verify` compares layer by layer there). Refused by name at load:
-longrope beyond the context that the model was first made for, and MLX's mxfp8 and nvfp4 on torch.
+Activations, and what scales GGUF's codes, were float32 unless the row says otherwise. In 16 bits rounding moves logits
+by a thirtieth of their width, and by more where experts are chosen, so text and logits tell little there. Instead every
+layer was given what `transformers` has there in 16 bits; it may be so many times as far from what float32 makes of the
+same input as `transformers` itself is (the median token, of a prompt and of an answer; one norm a tenth too large, or
+one position too many, is 15 times as far). Logits of the whole pipeline may be as far without experts, and 0.6 of their
+width with experts; in full precision without experts, the text was the same wherever one token is clearly ahead. MLX on
+a CPU, where all this ran, has no unpacked experts in 16 bits, so there the table shows none.
+
+Refused by name at load: longrope beyond the context that the model was first made for, and MLX's mxfp8 and nvfp4 on
+torch.
 
 A dash: no test shows it. *refused*: the engine does not load such a model, and says why.
 
@@ -50,7 +58,7 @@ def render(shown: Sequence[Shown], families: Sequence[Family]) -> str:
     """The page."""
     by_row: dict[tuple[object, str], list[Shown]] = defaultdict(list)
     for entry in shown:
-        name = f"{entry['format']}" + ("" if entry["dtype"] == "float32" else f", in {entry['dtype']}")
+        name = f"{entry['format']}" + ("" if entry["dtype"] == FULL_WIDTH else f", in {entry['dtype']}")
         by_row[entry["family"], name].append(entry)
     lines = []
     for family in families:
@@ -75,8 +83,13 @@ def _cell(kind: str, row: Iterable[Shown], family: Family) -> str:
         return "–"
     counts = sorted({len(_engines(entry)) for entry in entries})
     stages = "1 stage" if counts == [1] else f"{_runs(counts)} stages"
-    judges = sorted({(float(str(entry["tolerance"])), str(entry["judge"])) for entry in entries})
-    return f"{stages}; {', '.join(f'{tolerance:g} {judge}' for tolerance, judge in judges)}"
+    judges = sorted({(float(str(entry["tolerance"])), str(entry["judge"]), _unit(entry)) for entry in entries})
+    return f"{stages}; {', '.join(f'{tolerance:g}{unit} {judge}' for tolerance, judge, unit in judges)}"
+
+
+def _unit(entry: Shown) -> str:
+    """In 16 bits the tolerance is a multiple of the judge's own rounding."""
+    return "" if entry["dtype"] == FULL_WIDTH else " ×"
 
 
 def _runs(counts: Sequence[int]) -> str:

@@ -28,7 +28,7 @@ class Shown:
     dtype: str  # what is computed in
     engines: tuple[str, ...]  # of the stages, in order
     judge: str  # the library that computed the whole model in one process
-    tolerance: float  # the largest difference of two logits
+    tolerance: float  # the largest difference of two logits; in 16 bits in terms of the judge's own rounding
 
 
 _specs: WeakKeyDictionary[Engine, StageSpec] = WeakKeyDictionary()

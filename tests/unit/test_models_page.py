@@ -65,6 +65,11 @@ def test_packed_formats_and_narrower_types_follow_in_rows_of_their_own() -> None
     assert [cells[1] for cells in rows(*entries)[:3]] == ["full precision", "full precision, in bfloat16", "AWQ"]
 
 
+def test_in_16_bits_a_tolerance_is_a_multiple_of_the_judges_rounding() -> None:
+    cells = rows(shown("llama", "torch", dtype="bfloat16", tolerance=2.0))[0]
+    assert cells[1:3] == ["full precision, in bfloat16", "1 stage; 2 × transformers"]
+
+
 def test_the_page_follows_from_what_was_shown() -> None:
     assert (ROOT / "docs" / "models.md").read_text() == page.render(ALL_SHOWN, known_families()), "run `make docs`"
 
