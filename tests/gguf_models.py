@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from tests.gguf_files import Floats, Stored, dequantised, stored, write_gguf
+from tests.gguf_blocks import Floats, dequantised, stored
+from tests.gguf_files import Stored, write_gguf
 
 WIDE: dict[str, object] = {
     "hidden_size": 256,

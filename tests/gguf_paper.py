@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.gguf_files import Stored, stored, write_gguf
+from tests.gguf_blocks import stored
+from tests.gguf_files import Stored, write_gguf
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER, VOCABULARY = 4, 2, 8, 256, 32, 16
 

@@ -17,7 +17,7 @@ from cluster.cli.serve import potluck_command
 from cluster.models.checkpoint import open_checkpoint
 from coordinator.gguf.layout import lay_out
 from coordinator.gguf.source import open_gguf
-from tests.gguf_files import stored
+from tests.gguf_blocks import stored
 from tests.gguf_paper import HEAD_DIM, METADATA, paper_gguf, paper_tensors
 from tests.integration.hub_server import Hub, Repository, hub_server
 

@@ -7,7 +7,7 @@ import pytest
 
 from cluster.models.gguf_types import GgmlType
 from coordinator.gguf.blocks import CODE_BITS, GROUP, affine, four_bit_floats, numbers, packed
-from tests.gguf_files import Floats, dequantised, stored
+from tests.gguf_blocks import Floats, dequantised, stored
 
 ROWS, COLUMNS = 3, 512
 

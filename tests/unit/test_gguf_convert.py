@@ -19,7 +19,8 @@ from coordinator.gguf.convert import convert
 from coordinator.gguf.layout import Layout, lay_out
 from coordinator.gguf.source import open_gguf
 from coordinator.gguf.store import ConversionStore
-from tests.gguf_files import Floats, Stored, dequantised, stored
+from tests.gguf_blocks import Floats, dequantised, stored
+from tests.gguf_files import Stored
 from tests.gguf_paper import HEAD_DIM, HEADS, paper_gguf, paper_tensors
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float32]]

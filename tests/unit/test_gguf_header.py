@@ -16,7 +16,8 @@ from cluster.errors import ModelError
 from cluster.limits import GGUF_HEADER_BYTES_MAX, GGUF_ITEMS_MAX
 from cluster.models.gguf_header import GgufHeader, GgufTensor, parse_gguf_header, read_gguf_header
 from cluster.models.gguf_types import GgmlType
-from tests.gguf_files import Stored, gguf_bytes, stored
+from tests.gguf_blocks import stored
+from tests.gguf_files import Stored, gguf_bytes
 
 SEEDED = settings(max_examples=250, derandomize=True, deadline=None, database=None)
 

@@ -16,7 +16,8 @@ from cluster.types import DType
 from coordinator.gguf.convert import convert
 from coordinator.gguf.layout import Layout, lay_out
 from coordinator.gguf.source import find_gguf, open_gguf
-from tests.gguf_files import Stored, stored
+from tests.gguf_blocks import stored
+from tests.gguf_files import Stored
 from tests.gguf_paper import HEAD_DIM, METADATA, paper_gguf, paper_tensors
 
 
