@@ -44,8 +44,8 @@ one position too many, is 15 times as far). Logits of the whole pipeline may be 
 width with experts; in full precision without experts, the text was the same wherever one token is clearly ahead. MLX on
 a CPU, where all this ran, has no unpacked experts in 16 bits, so there the table shows none.
 
-Refused by name at load: longrope beyond the context that the model was first made for, and MLX's mxfp8 and nvfp4 on
-torch.
+*with vision*: a vision-language checkpoint, of which the text model runs. Refused by name at load: longrope beyond the
+context that the model was first made for, and MLX's mxfp8 and nvfp4 on torch.
 
 A dash: no test shows it. *refused*: the engine does not load such a model, and says why.
 

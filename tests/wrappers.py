@@ -83,3 +83,33 @@ def flatten(folder: Path) -> None:
     text["rope_theta"] = rotation["rope_theta"]
     text["rope_scaling"] = {"type": "mrope", "mrope_section": rotation["mrope_section"]}
     path.write_text(json.dumps(text | config))
+
+
+def wrap_packed(wrapper: str, text_folder: Path, packed: Path, folder: Path) -> Path:
+    """The same with the text model as it is in `packed`. MLX's tools put `language_model.` before its names; others
+    leave them as they are in full precision. None of them packs the tower."""
+    from safetensors.torch import load_file, save_file
+
+    path = wrap(wrapper, text_folder, folder) / "model.safetensors"
+    stated: dict[str, Any] = json.loads((packed / "config.json").read_text())
+    whole = load_file(path)
+    body = next(name.partition("layers.0.")[0] for name in whole if name.endswith("layers.0.input_layernorm.weight"))
+    head = next((name.partition("lm_head.")[0] for name in whole if "lm_head." in name), "")
+    tower = {name: tensor for name, tensor in whole.items() if not name.startswith((body, f"{head}lm_head."))}
+    if "quantization" in stated:
+        body, head = "language_model.model.", "language_model."
+
+    def wrapped(name: str) -> str:
+        bare = name.removeprefix("language_model.")
+        return f"{body}{bare.removeprefix('model.')}" if bare.startswith("model.") else f"{head}{bare}"
+
+    text = {wrapped(name): tensor for name, tensor in load_file(packed / "model.safetensors").items()}
+    save_file(tower | text, path, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    for key in stated.keys() & {"quantization", "quantization_config"}:
+        config[key] = {
+            wrapped(name) if isinstance(value, dict) and "layers." in name else name: value
+            for name, value in stated[key].items()
+        }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

@@ -92,7 +92,7 @@ def expected(folders: Folders) -> Callable[[str, int], Reference]:
 
 PIPELINES: list[tuple[int, tuple[str, ...], tuple[Maker, ...]]] = [
     *((4, tuple(FAMILIES), makers) for makers in ((MLX, MLX, MLX), (TORCH,), (TORCH, MLX, TORCH), (MLX, TORCH))),
-    (4, tuple(MORE), (TORCH, MLX, TORCH)),
+    *((4, tuple(MORE), makers) for makers in ((TORCH,), (MLX, MLX), (TORCH, MLX, TORCH))),
     *((6, ("llama", "gpt_oss"), makers) for makers in ((MLX,), (TORCH, TORCH), (MLX, TORCH, MLX))),
     *((8, ("gemma3", "qwen3_moe"), makers) for makers in ((MLX, MLX), (TORCH, TORCH, TORCH), (TORCH, MLX))),
 ]
