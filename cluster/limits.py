@@ -101,6 +101,12 @@ QUEUED_PROMPT_TOKENS_MAX: Final = 1 << 19
 """Prompt tokens waiting in a lane: 64 chats of 8,192 tokens. At 1,000 tokens a second they are nine minutes of prefill;
 a queue of long documents is full before it has 128 of them."""
 
+HISTORIES_MAX: Final = 256
+"""Chats whose drawn tokens the coordinator remembers for their next turn. Each is compared with every new chat."""
+
+HISTORY_CHARS_MAX: Final = 8 << 20
+"""Of all these chats together: 256 of some 8,000 tokens each; up to 40 MB."""
+
 UNREAD_TOKENS_MAX: Final = 16_384
 """Tokens of an answer that wait for a client to read on, in 2 MiB. The sockets' buffers hold as many again, so a paused
 terminal loses nothing; a client that never reads cannot fill memory with a long answer, nor keep its cache."""

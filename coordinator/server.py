@@ -35,6 +35,7 @@ from coordinator.opening import OpenModel, WantedModel, open_model
 from coordinator.roster import Roster
 from coordinator.service import InferenceService
 from coordinator.status import status_of
+from coordinator.text.histories import Histories
 from coordinator.text.model import load_text_model
 from coordinator.weights import WeightServer
 
@@ -89,7 +90,8 @@ class Coordinator:
         async with AsyncExitStack() as stack:
             port = await self._listen(stack)
             await self._discover(stack, port)
-            app = create_app(self._service, host=self._options.http_host)
+            histories = Histories() if self._options.prefix_cache else Histories(histories_max=0)
+            app = create_app(self._service, host=self._options.http_host, histories=histories)
             work = [
                 asyncio.create_task(serve_http(app, self._options.http, stop)),
                 asyncio.create_task(self._control(port)),

@@ -11,6 +11,7 @@ from coordinator.api.schema import Options
 from coordinator.generation import ChoiceEnd, GenerationRequest, Generator, PromptCached, ServedModel, TokenEvent
 from coordinator.sequence import EndReason
 from coordinator.text.detokenizer import Detokenizer
+from coordinator.text.histories import Conversation
 from coordinator.text.model import TextModel
 from coordinator.text.stops import StopMatcher
 
@@ -25,6 +26,7 @@ class Job:
     options: Options
     request: GenerationRequest
     continues: bool  # the answer goes on after the prompt's text (completions) instead of beginning one (chats)
+    conversation: Conversation | None = None  # of a chat, which may go on after this answer
 
     @property
     def prompt_tokens(self) -> int:
@@ -82,6 +84,7 @@ async def generate(generator: Generator, job: Job) -> AsyncGenerator[Delta, None
         for index in range(job.choice_count)
     }
     cached: dict[int, int] = {}
+    said: dict[int, list[int]] = {index: [] for index in choices}
     async with aclosing(generator.submit(request)) as events:
         async for event in events:
             if event.choice not in choices:
@@ -90,6 +93,7 @@ async def generate(generator: Generator, job: Job) -> AsyncGenerator[Delta, None
                 case PromptCached(choice, tokens):
                     cached[choice] = tokens
                 case TokenEvent(choice, token):
+                    said[choice].append(token)
                     text, stopped = choices[choice].push(token)
                     if stopped:
                         del choices[choice]
@@ -98,6 +102,8 @@ async def generate(generator: Generator, job: Job) -> AsyncGenerator[Delta, None
                     if stopped:
                         yield Delta(choice, "", (), EndReason.STOP)
                 case ChoiceEnd(choice, reason):
+                    if job.conversation is not None:
+                        job.conversation.answered(said.pop(choice), request.eos_ids)
                     yield Delta(choice, choices.pop(choice).finish(), (), reason)
             if not choices:
                 return

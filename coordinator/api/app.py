@@ -22,12 +22,12 @@ from coordinator.api.answer import Job
 from coordinator.api.chat import Chat
 from coordinator.api.completions import Completions
 from coordinator.api.errors import Endpoint, guarded, http_error
-from coordinator.api.prompts import Prompts, check_fit
+from coordinator.api.prompts import Asked, check_fit
 from coordinator.api.reading import Reader, read_body
 from coordinator.api.responding import Shape, respond
-from coordinator.api.schema import Options
 from coordinator.api.security import HostCheck, client_of, key_of
 from coordinator.generation import GenerationRequest, Generator, ServedModel
+from coordinator.text.histories import Histories
 
 
 class Api(Shape, Protocol):
@@ -38,15 +38,22 @@ class Api(Shape, Protocol):
     id_prefix: str
     continues: bool
 
-    def read(self, body: object, model: ServedModel, context_tokens: int) -> tuple[Options, Prompts]:
-        """Understand a body, or raise RequestError."""
+    def read(self, body: object, model: ServedModel, context_tokens: int, salt: str) -> Asked:
+        """Understand a body, or raise RequestError. Only bodies with the same salt share what is remembered."""
         ...
 
 
-def create_app(service: Generator, *, host: str = "127.0.0.1", allowed_hosts: Collection[str] = ()) -> Starlette:
+def create_app(
+    service: Generator,
+    *,
+    host: str = "127.0.0.1",
+    allowed_hosts: Collection[str] = (),
+    histories: Histories | None = None,
+) -> Starlette:
     """The API over `service`. `host` is the address that the server will listen on: it decides which Host headers
     are believed; `allowed_hosts` are further names, such as a reverse proxy's."""
     reader = Reader()
+    apis: tuple[Api, ...] = (Chat(histories or Histories()), Completions())
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -55,7 +62,7 @@ def create_app(service: Generator, *, host: str = "127.0.0.1", allowed_hosts: Co
 
     pages = _Pages(service)
     routes = [
-        *(Route(api.path, guarded(_generation(service, reader, api)), methods=["POST"]) for api in _APIS),
+        *(Route(api.path, guarded(_generation(service, reader, api)), methods=["POST"]) for api in apis),
         Route("/v1/models", guarded(pages.models), methods=["GET"]),
         Route("/v1/models/{name:path}", guarded(pages.model), methods=["GET"]),
         Route("/health", guarded(pages.health), methods=["GET"]),
@@ -66,9 +73,6 @@ def create_app(service: Generator, *, host: str = "127.0.0.1", allowed_hosts: Co
     return Starlette(
         routes=routes, middleware=middleware, exception_handlers={HTTPException: http_error}, lifespan=lifespan
     )
-
-
-_APIS: tuple[Api, ...] = (Chat(), Completions())
 
 
 def _generation(service: Generator, reader: Reader, api: Api) -> Endpoint:
@@ -89,7 +93,8 @@ def _generation(service: Generator, reader: Reader, api: Api) -> Endpoint:
 def _job(api: Api, model: ServedModel, context_tokens: int, who: tuple[str, str], body: object) -> Job:
     """Everything about a request that can be known before it runs. Long ones are understood in a thread."""
     client, key = who
-    options, prompts = api.read(body, model, context_tokens)
+    asked = api.read(body, model, context_tokens, key)
+    options, prompts = asked.options, asked.prompts
     check_fit(prompts, options, context_tokens, api.prompt_field)
     id = api.id_prefix + secrets.token_hex(12)
     request = GenerationRequest(
@@ -106,7 +111,7 @@ def _job(api: Api, model: ServedModel, context_tokens: int, who: tuple[str, str]
         lane=options.lane,
         timeouts_s=options.timeouts_s,
     )
-    return Job(id, int(time.time()), model, options, request, api.continues)
+    return Job(id, int(time.time()), model, options, request, api.continues, asked.conversation)
 
 
 class _Pages:

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from coordinator.api.answer import Delta, Job
 from coordinator.api.fields import Fields
 from coordinator.api.messages import read_messages
-from coordinator.api.prompts import Prompts, chat_prompt
+from coordinator.api.prompts import Asked, chat_prompt
 from coordinator.api.responding import Whole
-from coordinator.api.schema import Options, read_options
+from coordinator.api.schema import read_options
 from coordinator.api.streaming import Object
 from coordinator.generation import ServedModel
+from coordinator.text.histories import Histories
 
 
 class Chat:
@@ -22,12 +23,16 @@ class Chat:
     id_prefix = "chatcmpl-"
     continues = False
 
-    def read(self, body: object, model: ServedModel, context_tokens: int) -> tuple[Options, Prompts]:
+    def __init__(self, histories: Histories) -> None:
+        self._histories = histories
+
+    def read(self, body: object, model: ServedModel, context_tokens: int, salt: str) -> Asked:
         fields = Fields(body)
         messages = read_messages(fields)
         options = read_options(fields, model.text.defaults, chat=True)
         model.check_name(options.model)
-        return options, (chat_prompt(model.text, messages, context_tokens),)
+        conversation = chat_prompt(model.text, messages, context_tokens, self._histories, salt)
+        return Asked(options, (conversation.ids,), conversation)
 
     def whole(self, job: Job, choices: list[Whole]) -> Object:
         prompt = {"prompt_token_ids": job.prompt_of(0)} if job.options.return_token_ids else {}

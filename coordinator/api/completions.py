@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from coordinator.api.answer import Delta, Job
 from coordinator.api.fields import Fields
-from coordinator.api.prompts import Prompts, plain_prompt
+from coordinator.api.prompts import Asked, plain_prompt
 from coordinator.api.responding import Whole
-from coordinator.api.schema import Options, read_options, read_prompts
+from coordinator.api.schema import read_options, read_prompts
 from coordinator.api.streaming import Object
 from coordinator.generation import ServedModel
 
@@ -21,12 +21,12 @@ class Completions:
     id_prefix = "cmpl-"
     continues = True
 
-    def read(self, body: object, model: ServedModel, context_tokens: int) -> tuple[Options, Prompts]:
+    def read(self, body: object, model: ServedModel, context_tokens: int, salt: str) -> Asked:
         fields = Fields(body)
         prompts = read_prompts(fields, model.vocab_size)
         options = read_options(fields, model.text.defaults, chat=False)
         model.check_name(options.model)
-        return options, tuple(plain_prompt(model.text, prompt, context_tokens) for prompt in prompts)
+        return Asked(options, tuple(plain_prompt(model.text, prompt, context_tokens) for prompt in prompts))
 
     def whole(self, job: Job, choices: list[Whole]) -> Object:
         written = [

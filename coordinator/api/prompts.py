@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from cluster.errors import RequestError
 from cluster.limits import CHOICES_MAX
 from coordinator.api.schema import Options
+from coordinator.text.histories import Conversation, Histories
 from coordinator.text.model import TextModel
 from coordinator.text.template import ChatMessage
 from coordinator.text.tokenizer import Tokenizer
 
 Prompts = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A body that has been understood."""
+
+    options: Options
+    prompts: Prompts
+    conversation: Conversation | None = None  # what a chat's answers continue
+
 
 WINDOW_CHARS: Final = 32_768
 """A text that is probably too long is counted in windows of this size, so that refusing it costs no more than the
@@ -26,7 +38,9 @@ ORDINARY_CHARS_PER_TOKEN: Final = 4
 """Texts of fewer characters for the context's tokens are tokenised at once: counting them first saves little."""
 
 
-def chat_prompt(text: TextModel, messages: Sequence[ChatMessage], context_tokens: int) -> tuple[int, ...]:
+def chat_prompt(
+    text: TextModel, messages: Sequence[ChatMessage], context_tokens: int, histories: Histories, salt: str
+) -> Conversation:
     """The rendered chat. The template has written the special tokens, so none are added."""
     if text.template is None:
         raise RequestError(
@@ -34,7 +48,7 @@ def chat_prompt(text: TextModel, messages: Sequence[ChatMessage], context_tokens
         )
     rendered = text.template.render(messages)
     _refuse_giant(text.tokenizer, rendered, context_tokens, "messages")
-    return text.tokenizer.encode(rendered, add_special_tokens=False)
+    return histories.begin(text.tokenizer, salt, rendered)
 
 
 def plain_prompt(text: TextModel, prompt: str | tuple[int, ...], context_tokens: int) -> tuple[int, ...]:

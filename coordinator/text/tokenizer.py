@@ -40,6 +40,13 @@ class Tokenizer:
         those that the model expects around a text (a chat template has written them already)."""
         return tuple(self._encoding(text, add_special_tokens).ids)
 
+    def encode_rest(self, text: str) -> tuple[int, ...] | None:
+        """Ids of a text that goes on after another one. None where they depend on it: unless a special token stands
+        between, the cut may lie elsewhere."""
+        ids = self.encode(text, add_special_tokens=False)
+        first = self._backend.id_to_token(ids[0]) if ids and ids[0] in self._special else None
+        return ids if first is not None and text.startswith(first) else None
+
     def count(self, text: str) -> int:
         """How many tokens `text` has by itself."""
         return len(self._encoding(text, add_special_tokens=False))

@@ -15,6 +15,7 @@ from coordinator.api.schema import read_options
 from coordinator.api.streaming import sse
 from coordinator.generation import GenerationRequest, ServedModel
 from coordinator.sequence import EndReason
+from coordinator.text.histories import Histories
 from tests.fake_generator import text_model
 
 TEXT = text_model()
@@ -37,7 +38,7 @@ def job(**asked: object) -> Job:
 
 
 @pytest.mark.parametrize("asked", [{}, {"return_token_ids": True}, {"stream_options": {"include_usage": True}}])
-@pytest.mark.parametrize("shape", [Chat(), Completions()])
+@pytest.mark.parametrize("shape", [Chat(Histories()), Completions()])
 def test_every_chunk_is_what_json_makes_of_it(shape: Chat | Completions, asked: dict[str, object]) -> None:
     whole = job(stream=True, **asked)
     pending = {"usage": None} if whole.options.include_usage else {}
