@@ -9,7 +9,7 @@ WireError before it allocates. Knows nothing of sockets.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -20,8 +20,9 @@ from cluster.errors import StaleFrame, WireError
 from cluster.fields import Fields
 from cluster.frames import Frame, Hello, Message, Outcome, StreamRole
 from cluster.limits import FRAME_HEADER_BYTES_MAX, FRAME_PAYLOAD_BYTES_MAX, PROTOCOL_VERSION
+from cluster.narrowing import NARROWABLE, NarrowTensor, narrow_bytes
 from cluster.plan import Fence
-from cluster.steps import Boundary, Honoured, StageMark, Step, StepFailed
+from cluster.steps import Honoured, StageMark, Step, StepFailed
 from cluster.types import DeploymentId, DType, Epoch, HostTensor, TensorSpec
 
 _LENGTH = struct.Struct("<I")
@@ -56,7 +57,8 @@ def encode(message: Message) -> list[bytes]:
 
 def _encode_frame(frame: Frame) -> list[bytes]:
     step = frame.step
-    pieces = list(_payload_pieces(frame.tensors))
+    tensors = frame.narrow or frame.tensors
+    pieces = list(_payload_pieces(tensors))
     parts = max(1, len(pieces))
     header: list[object] = [
         PROTOCOL_VERSION,
@@ -66,10 +68,12 @@ def _encode_frame(frame: Frame) -> list[bytes]:
         parts,
         [rows_codec.verb_out(verb) for verb in step.verbs],
         rows_codec.rows_out(step.rows),
-        [[tensor.dtype.value, list(tensor.shape)] for tensor in frame.tensors],
+        [[tensor.dtype.value, list(tensor.shape)] for tensor in tensors],
         rows_codec.honoured_out(frame.honoured),
         [[mark.stage, mark.receive_s, mark.queue_s, mark.compute_s] for mark in frame.marks],
         rows_codec.result_out(frame.failure) if frame.failure else None,
+        int(bool(frame.narrow)),
+        list(frame.narrowing),
     ]
     messages = [_pack(header, *(pieces[0] if pieces else ()))]
     for number, piece in enumerate(pieces[1:], start=1):
@@ -77,7 +81,7 @@ def _encode_frame(frame: Frame) -> list[bytes]:
     return messages
 
 
-def _payload_pieces(tensors: Boundary) -> Iterator[list[memoryview]]:
+def _payload_pieces(tensors: Sequence[HostTensor | NarrowTensor]) -> Iterator[list[memoryview]]:
     """Cut the tensors' concatenated bytes into runs of at most FRAME_PAYLOAD_BYTES_MAX, without copying."""
     piece: list[memoryview] = []
     room = FRAME_PAYLOAD_BYTES_MAX
@@ -118,22 +122,26 @@ class _Partial:
     marks: tuple[StageMark, ...]
     failure: StepFailed | None
     shapes: list[tuple[DType, tuple[int, ...]]]
+    is_narrow: bool
+    narrowing: tuple[int, ...]
     parts: int
     data: bytearray
     received: int = 0
     filled_bytes: int = 0
 
     def frame(self) -> Frame:
-        return Frame(self.fence, self.step, self._tensors(), self.honoured, self.marks, self.failure)
-
-    def _tensors(self) -> Boundary:
-        tensors, offset = [], 0
+        wide: list[HostTensor] = []
+        narrow: list[NarrowTensor] = []
         view = memoryview(self.data)
         for dtype, shape in self.shapes:
-            size = prod(shape) * dtype.size_bytes
-            tensors.append(HostTensor(dtype, shape, view[offset : offset + size]))
-            offset += size
-        return tuple(tensors)
+            size = _tensor_bytes(dtype, shape, self.is_narrow)
+            data, view = view[:size], view[size:]
+            if self.is_narrow:
+                narrow.append(NarrowTensor(dtype, shape, data))
+            else:
+                wide.append(HostTensor(dtype, shape, data))
+        head = (self.fence, self.step, tuple(wide), self.honoured, self.marks, self.failure)
+        return Frame(*head, tuple(narrow), self.narrowing)
 
 
 class Decoder:
@@ -181,11 +189,17 @@ class Decoder:
         marks = rows_codec.marks_in(fields)
         failure = fields.optional_sub("failure")
         failed = rows_codec.failure_in(failure) if failure is not None else None
+        is_narrow, narrowing = bool(fields.integer(0, 2)), rows_codec.narrowing_in(fields)
         self._check_shapes(step, failed, declared)
-        total = sum(prod(shape) * dtype.size_bytes for dtype, shape in declared)
+        if is_narrow and not all(dtype in NARROWABLE for dtype, _ in declared):
+            raise WireError(
+                f"step {step_id} announces {declared} in eight bits; only numbers with a fraction have such"
+            )
+        total = sum(_tensor_bytes(dtype, shape, is_narrow) for dtype, shape in declared)
         if parts != max(1, -(-total // FRAME_PAYLOAD_BYTES_MAX)):
             raise WireError(f"{total} tensor bytes do not travel in {parts} parts")
-        self._partial = _Partial(fence, step, honoured, marks, failed, declared, parts, bytearray(total))
+        head = (fence, step, honoured, marks, failed, declared)
+        self._partial = _Partial(*head, is_narrow, narrowing, parts, bytearray(total))
         return self._fill(payload)
 
     def _continue(self, fields: Fields, payload: memoryview) -> Frame | None:
@@ -220,6 +234,10 @@ class Decoder:
         expected = [(spec.dtype, (tokens, *spec.shape)) for spec in specs]
         if declared != expected:
             raise WireError(f"step {step.id} announces tensors {declared}; the plan says {expected}")
+
+
+def _tensor_bytes(dtype: DType, shape: tuple[int, ...], is_narrow: bool) -> int:
+    return narrow_bytes(shape) if is_narrow else prod(shape) * dtype.size_bytes
 
 
 def _unpack(message: bytes) -> tuple[list[object], memoryview]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from cluster.narrowing import NarrowTensor
 from cluster.plan import Fence
 from cluster.steps import Boundary, Honoured, StageMark, Step, StepDone, StepFailed
 
@@ -31,6 +32,8 @@ class Frame:
 
     A stage that fails keeps forwarding the frame with `failure` set, so that the verbs reach every stage and
     the answer comes back on the one path that answers take.
+
+    On a link where the coordinator asks for it, `narrow` travels in the place of `tensors`.
     """
 
     fence: Fence
@@ -39,6 +42,8 @@ class Frame:
     honoured: tuple[Honoured, ...] = ()
     marks: tuple[StageMark, ...] = ()
     failure: StepFailed | None = None
+    narrow: tuple[NarrowTensor, ...] = ()
+    narrowing: tuple[int, ...] = ()  # the stages that send on in eight bits
 
 
 @dataclass(frozen=True, slots=True)

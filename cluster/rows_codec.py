@@ -197,6 +197,12 @@ def marks_in(fields: Fields) -> tuple[StageMark, ...]:
     return tuple(found)
 
 
+def narrowing_in(fields: Fields) -> tuple[int, ...]:
+    """The stages that send on in eight bits."""
+    stages = Fields(fields.items("narrowing", _STAGES_MAX), "narrowing")
+    return tuple(stages.integer(0, _STAGES_MAX) for _ in range(len(stages)))
+
+
 def result_out(result: StepDone | StepFailed) -> list[object]:
     match result:
         case StepDone(step, drawn, honoured, marks):

@@ -23,6 +23,7 @@ from coordinator.admission import Room
 from coordinator.gathering import Broken, Wait, decide
 from coordinator.happenings import Interrupted, Planned, Ready, Tell, Waiting
 from coordinator.install import Source, install
+from coordinator.narrowing import WireBits
 from coordinator.opening import OpenModel
 from coordinator.roster import Roster
 from coordinator.service import InferenceService
@@ -37,6 +38,7 @@ class Wish:
     min_nodes: int
     host: HostId  # of the coordinator's machine: a node there makes the best first stage
     prefix_cache: bool = True
+    wire_bits: WireBits = WireBits.AS_COMPUTED
 
 
 class Controller:
@@ -149,7 +151,8 @@ class Controller:
         facts = self._model.facts
         folder = str(self._model.resolved.folder.resolve())
         source = Source(self._model.manifest.id, folder, self._port, facts.vocab_size, facts.bits)
-        pipeline = await install(plan, fence, self._roster.members, source, self._credentials, self._tell)
+        members, wire_bits = self._roster.members, self._wish.wire_bits
+        pipeline = await install(plan, fence, members, source, wire_bits, self._credentials, self._tell)
         sequences = sequences_max(facts, plan.context_tokens, plan.users)
         room = Room(len(plan.stages), plan.kv_tokens, plan.context_tokens, sequences, facts.rewind)
         serving = Serving(pipeline, room, prefix_cache=self._wish.prefix_cache)

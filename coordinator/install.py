@@ -17,6 +17,7 @@ from cluster.plan import Assignment, Fence, Plan, Stage
 from cluster.transport import Credentials
 from cluster.types import ModelId, NodeId
 from coordinator.happenings import Loading, Tell
+from coordinator.narrowing import Narrowing, WireBits
 from coordinator.pipeline import Pipeline
 from coordinator.roster import Member
 
@@ -33,7 +34,13 @@ class Source:
 
 
 async def install(
-    plan: Plan, fence: Fence, members: Mapping[NodeId, Member], source: Source, credentials: Credentials, tell: Tell
+    plan: Plan,
+    fence: Fence,
+    members: Mapping[NodeId, Member],
+    source: Source,
+    wire_bits: WireBits,
+    credentials: Credentials,
+    tell: Tell,
 ) -> Pipeline:
     """Load every stage at once, link them, and open the pipeline. Raises the first node's error."""
     stages = [(stage, _member(members, stage)) for stage in plan.stages]
@@ -46,7 +53,9 @@ async def install(
         following = stages[position + 1][1] if position + 1 < len(stages) else None
         await member.client.connect(fence, dial_address(following, member) if following else "")
     first, last = stages[0][1], stages[-1][1]
-    return await Pipeline.connect(credentials, fence, first.facts.address, last.facts.address, len(stages) - 1)
+    narrowing = Narrowing(wire_bits, plan.boundary, len(stages))
+    addresses = first.facts.address, last.facts.address
+    return await Pipeline.connect(credentials, fence, *addresses, len(stages) - 1, narrowing)
 
 
 def _member(members: Mapping[NodeId, Member], stage: Stage) -> Member:

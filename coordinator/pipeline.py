@@ -19,6 +19,7 @@ from cluster.plan import Fence
 from cluster.steps import StageMark, Step, StepDone, StepOutcome
 from cluster.transport import ClientStream, Credentials, open_stream
 from cluster.types import StepId
+from coordinator.narrowing import Narrowing
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ class _Sent:
     cpu_s: float
     rows: int
     tokens: int
+    narrowing: tuple[int, ...]
 
 
 class Pipeline:
@@ -64,23 +66,31 @@ class Pipeline:
         fence: Fence,
         first: ClientStream,
         last: ClientStream,
+        narrowing: Narrowing,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.fence = fence
         self._first = first
         self._last = last
+        self.narrowing = narrowing
         self._now = now
         self._sent: dict[StepId, _Sent] = {}
-        self._outbox: asyncio.Queue[Step] = asyncio.Queue()
+        self._outbox: asyncio.Queue[Frame] = asyncio.Queue()
         self._answered = False
 
     @classmethod
     async def connect(
-        cls, credentials: Credentials, fence: Fence, first_address: str, last_address: str, last_stage: int
+        cls,
+        credentials: Credentials,
+        fence: Fence,
+        first_address: str,
+        last_address: str,
+        last_stage: int,
+        narrowing: Narrowing,
     ) -> Pipeline:
         """Dial both ends and agree on the epoch with them."""
         first, last = open_stream(credentials, first_address), open_stream(credentials, last_address)
-        pipeline = cls(fence, first, last)
+        pipeline = cls(fence, first, last, narrowing)
         try:
             await greet(first, Hello(fence, 0, StreamRole.UPSTREAM))
             await greet(last, Hello(fence, last_stage, StreamRole.RESULTS))
@@ -91,8 +101,9 @@ class Pipeline:
 
     def send(self, step: Step) -> None:
         """Dispatch `step`; it leaves in the order of the calls."""
-        self._sent[step.id] = _Sent(self._now(), time.thread_time(), len(step.rows), step.token_count)
-        self._outbox.put_nowait(step)
+        narrowing = self.narrowing.choose(step)
+        self._sent[step.id] = _Sent(self._now(), time.thread_time(), len(step.rows), step.token_count, narrowing)
+        self._outbox.put_nowait(Frame(self.fence, step, narrowing=narrowing))
 
     async def run(self, on_outcome: Callable[[TimedOutcome], None]) -> None:
         """Move steps and outcomes until something breaks, which raises: NodeLost, StepTimeout or WireError."""
@@ -109,8 +120,7 @@ class Pipeline:
 
     async def _write(self) -> None:
         while True:
-            step = await self._outbox.get()
-            for message in encode(Frame(self.fence, step)):
+            for message in encode(await self._outbox.get()):
                 await self._first.write(message)
 
     async def _read(self, on_outcome: Callable[[TimedOutcome], None]) -> None:
@@ -123,7 +133,9 @@ class Pipeline:
             if sent is not None:
                 self._answered = True
                 worked_s = time.thread_time() - sent.cpu_s
-                on_outcome(TimedOutcome(decoded.result, self._now() - sent.at_s, sent.rows, sent.tokens, worked_s))
+                timed = TimedOutcome(decoded.result, self._now() - sent.at_s, sent.rows, sent.tokens, worked_s)
+                self.narrowing.note(timed.marks, sent.tokens, sent.narrowing)
+                on_outcome(timed)
         raise NodeLost("the last stage hung up")
 
     async def _watch_deadlines(self) -> None:

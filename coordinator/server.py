@@ -31,6 +31,7 @@ from coordinator.happenings import Happening, Listening, Tell, Working
 from coordinator.holders import Holders
 from coordinator.http import serve_http
 from coordinator.membership_service import CoordinatorService
+from coordinator.narrowing import WireBits
 from coordinator.opening import OpenModel, WantedModel, open_model
 from coordinator.roster import Roster
 from coordinator.service import InferenceService
@@ -60,6 +61,7 @@ class ServeOptions:
     mdns: bool
     state: StateDir
     prefix_cache: bool = True
+    wire_bits: WireBits = WireBits.AS_COMPUTED
 
 
 class Coordinator:
@@ -169,7 +171,7 @@ class Coordinator:
                 text=text,
             )
         )
-        wish = Wish(options.ask, options.min_nodes, host_id(options.state), options.prefix_cache)
+        wish = Wish(options.ask, options.min_nodes, host_id(options.state), options.prefix_cache, options.wire_bits)
         self._controller = Controller(model, wish, self._roster, self._service, self._credentials, port, self._tell)
         self._holders = Holders(model.manifest, self._roster)
         watching = asyncio.create_task(self._holders.watch())

@@ -23,6 +23,7 @@ from coordinator.events import (
     SequenceFailed,
     TokenDrawn,
 )
+from coordinator.narrowing import LinkRate
 from coordinator.pipeline import Pipeline, TimedOutcome
 from coordinator.prefix_cache import PrefixCache, PrefixStatus
 from coordinator.scheduler import Scheduler
@@ -109,6 +110,11 @@ class Serving:
     def restarts(self) -> int:
         """How often a sequence had to give its room back and begin again."""
         return self._scheduler.restarts
+
+    @property
+    def links(self) -> tuple[LinkRate, ...]:
+        """Between the stages, in order."""
+        return self._pipeline.narrowing.links
 
     @property
     def prefixes(self) -> PrefixStatus:

@@ -11,18 +11,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from math import inf, isnan
 from pathlib import Path
 
 import numpy as np
 
 from cluster.models.facts import ModelFacts
+from cluster.narrowing import narrow, widen
 from cluster.steps import Boundary, Draw, Row, Sampling
 from cluster.types import Backend, LayerRange, SequenceId
 from node.comparison import Floats, Trace, errors_of, from_host, summary, to_host, tolerance
 from node.engine import Engine, LoadProgress, Logits, StageSpec
 from node.fingerprint import Sketch, sketch_of, steady_input, steady_rms
-from node.hardware import Device
+from node.verdict import Chain, Comparison, NarrowChain, Part, Verdict
 
 Create = Callable[[Backend], Engine]
 
@@ -32,17 +32,8 @@ Tell = Callable[[str, int, int], None]
 SEQUENCES = 2
 """Cached at once: one computes on the reference's input, one on what the stage before sent or on the steady input."""
 
-_FED, _CHAINED, _STEADY = SequenceId(1), SequenceId(2), SequenceId(2)
+_FED, _CHAINED, _STEADY, _NARROWED = SequenceId(1), SequenceId(2), SequenceId(2), SequenceId(1)
 _GREEDY = Draw(Sampling(seed=0, temperature=0.0), prompt_tokens=0)
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Layers, the stage that they belong to, and what computes them."""
-
-    stage: int
-    layers: LayerRange
-    device: Device
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +43,7 @@ class Subject:
     folder: Path
     facts: ModelFacts
     stages: tuple[Part, ...]
+    narrow: bool = False  # see also what becomes of prompts whose activations travel in eight bits
 
     @property
     def routed(self) -> bool:
@@ -70,62 +62,19 @@ class Subject:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """A part beside the reference."""
-
-    part: Part
-    error: float
-    tolerance: float
-
-    @property
-    def within(self) -> bool:
-        return self.error <= self.tolerance  # never for NaN
-
-
-@dataclass(frozen=True, slots=True)
-class Chain:
-    """The logits of all stages together beside the reference's, and the tokens that each would draw. Tokens may
-    differ where the reference holds two of them level within the tolerance."""
-
-    error: float
-    tolerance: float
-    expected_tokens: tuple[int, ...]
-    found_tokens: tuple[int, ...]
-
-    @property
-    def within(self) -> bool:
-        return self.error <= self.tolerance
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """Everything that was compared."""
-
-    stages: tuple[Comparison, ...]
-    layers: tuple[Comparison, ...]
-    chain: Chain
-    sketches: tuple[Sketch, ...]  # of the layers
-
-    @property
-    def within(self) -> bool:
-        return self.chain.within and all(comparison.within for comparison in (*self.stages, *self.layers))
-
-    @property
-    def worst_layer(self) -> Comparison:
-        """The one farthest beyond its tolerance, or nearest to it."""
-        return max(self.layers, key=lambda layer: inf if isnan(layer.error) else layer.error / layer.tolerance)
-
-
 def verify(subject: Subject, trace: Trace, create: Create, tell: Tell) -> Verdict:
     """Compare every stage, the chain and every layer with `trace`. One engine is in memory at a time."""
     run = _Run(subject, trace, create, tell)
     stages: list[Comparison] = []
     carried: Sequence[Boundary | Logits | None] = run.nothing
+    narrowed: Sequence[Boundary | Logits | None] = run.nothing
     for part in subject.stages:
         with run.engine(part) as engine:
             stages.append(run.compare(part, engine))
             carried = run.feed(engine, _CHAINED, carried)
+            if subject.narrow:
+                engine.drop(_FED)
+                narrowed = run.feed(engine, _NARROWED, [_as_sent(leaving) for leaving in narrowed])
     chain = run.compare_chain(carried)
     layers: list[Comparison] = []
     sketches: list[Sketch] = []
@@ -133,7 +82,8 @@ def verify(subject: Subject, trace: Trace, create: Create, tell: Tell) -> Verdic
         with run.engine(part) as engine:
             layers.append(run.compare(part, engine))
             sketches.append(run.sketch(part, engine))
-    return Verdict(tuple(stages), tuple(layers), chain, tuple(sketches))
+    narrow_chain = run.narrow_chain(narrowed) if subject.narrow else None
+    return Verdict(tuple(stages), tuple(layers), chain, tuple(sketches), narrow_chain)
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +208,10 @@ class _Run:
             _likeliest(logits),
         )
 
+    def narrow_chain(self, leaving: Sequence[Boundary | Logits | None]) -> NarrowChain:
+        logits = _logits(leaving)
+        return NarrowChain(self.logits_error(logits), _likeliest(self.trace.logits), _likeliest(logits))
+
     def logits_error(self, logits: Floats) -> float:
         return self.summary(errors_of(logits, self.trace.logits, [self.trace.logits]))
 
@@ -266,6 +220,13 @@ class _Run:
 
     def summary(self, errors: Floats) -> float:
         return summary(errors, self.subject.facts.dtype, routed=self.subject.routed)
+
+
+def _as_sent(output: Boundary | Logits | None) -> Boundary | Logits | None:
+    """As the next stage gets it: a prompt's piece in eight bits, and a single token as it is."""
+    if not isinstance(output, tuple) or output[0].shape[0] == 1:
+        return output
+    return tuple(widen(narrow(tensor)) for tensor in output)
 
 
 def _logits(leaving: Sequence[Boundary | Logits | None]) -> Floats:

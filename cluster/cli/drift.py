@@ -18,7 +18,8 @@ from node.comparison import summary, tolerance
 from node.fingerprint import Sketch
 from node.hardware import Device, engine_version
 from node.memory_cuda import read_driver
-from node.verification import Subject, Verdict
+from node.verdict import Verdict
+from node.verification import Subject
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,7 @@ def serve(
     no_prefix_cache: Annotated[
         bool, typer.Option("--no-prefix-cache", help="Compute every prompt anew, also where another began alike.")
     ] = False,
+    wire_bits: opt.WireBits = None,
     exclude: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Do not use the node of this name.")] = None,
     peer: opt.Peers = None,
     no_mdns: opt.NoMdns = False,
@@ -110,6 +111,7 @@ def serve(
             token_timeout_s=token_timeout,
             request_timeout_s=request_timeout,
             prefix_cache=not no_prefix_cache,
+            wire_bits=wire_bits,
             exclude=tuple(exclude or ()),
             peers=tuple(peer or ()),
             mdns=not no_mdns,

@@ -73,6 +73,15 @@ Bits = Annotated[
         help="Quantise full-precision weights to so many bits when they are loaded, in groups of 64. [as stored]",
     ),
 ]
+WireBits = Annotated[
+    str | None,
+    typer.Option(
+        "--wire-bits",
+        metavar="8|auto",
+        help="Send prompts' activations between nodes in 8 bits, always or over links where it is measured to pay; "
+        "`verify --wire-bits 8` shows what it changes. [as computed]",
+    ),
+]
 ExitWith = Annotated[int | None, typer.Option(hidden=True, help="End when this parent process ends.")]
 Reserve = Annotated[str | None, typer.Option(metavar="SHARE", help="Keep this share for whoever works here. [15%]")]
 Coordinators = Annotated[

@@ -21,6 +21,7 @@ from coordinator.deadlines import Deadlines
 from coordinator.happenings import Happening, Listening, Starting, Tell
 from coordinator.http import listen
 from coordinator.hub import parse_model
+from coordinator.narrowing import read_wire_bits
 from coordinator.opening import WantedModel
 from coordinator.server import Coordinator, ServeOptions, coordinator_state
 from node.supervisor import supervise
@@ -48,6 +49,7 @@ class ServeCommand:
     token_timeout_s: float
     request_timeout_s: float
     prefix_cache: bool
+    wire_bits: str | None
     exclude: tuple[str, ...]
     peers: tuple[str, ...]
     mdns: bool
@@ -63,6 +65,7 @@ def serve_command(command: ServeCommand) -> int:
     ask = Ask(parse_context(command.context), command.users, max(1, command.min_nodes))
     bits = check_bits(command.bits)
     weights_bytes_max = parse_size_bytes(command.weights_max) if command.weights_max else None
+    wire_bits = read_wire_bits(command.wire_bits)
     for peer in command.peers:
         split_host_port(peer)
     listener = listen(command.host, command.port)
@@ -92,6 +95,7 @@ def serve_command(command: ServeCommand) -> int:
             mdns=command.mdns,
             state=state,
             prefix_cache=command.prefix_cache,
+            wire_bits=wire_bits,
         )
 
         async def work(stop: asyncio.Event) -> None:

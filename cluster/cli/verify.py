@@ -41,7 +41,8 @@ from coordinator.server import conversions_folder
 from node.comparison import Trace
 from node.engines.registry import create_engine
 from node.hardware import Device, detect_devices, engine_version, measure_memory, read_machine
-from node.verification import SEQUENCES, Part, Subject, verify
+from node.verdict import Part
+from node.verification import SEQUENCES, Subject, verify
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,7 @@ class VerifyCommand:
     backend: str = "auto"
     tokens: int = 48
     bits: int | None = None
+    wire_bits: str | None = None
     url: str | None = None
     accept: bool = False
     state: Path | None = None
@@ -64,6 +66,8 @@ DRIFTED: Final = 3
 
 
 def verify_command(command: VerifyCommand) -> int:
+    if command.wire_bits not in (None, "8"):
+        raise UsageError(f"expected --wire-bits 8, found {command.wire_bits!r}")
     running = _running_plan(command)
     text, revision = _wanted_model(command.model, running)
     cuts = _wanted_cuts(command, running)
@@ -181,7 +185,7 @@ def _subject(
         able = ", ".join(sorted(facts.backends))
         raise UsageError(f"this model runs on {able} alone, not on {min(missing)}; name other engines")
     parts = tuple(Part(stage, cut.layers, _device_for(facts, cut.backend)) for stage, cut in enumerate(cuts))
-    return Subject(checkpoint.folder, facts, parts)
+    return Subject(checkpoint.folder, facts, parts, narrow=command.wire_bits is not None)
 
 
 def _device_for(facts: ModelFacts, backend: Backend | None) -> Device:

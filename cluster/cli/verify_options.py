@@ -26,6 +26,12 @@ def verify(
     ] = "auto",
     tokens: Annotated[int, typer.Option(min=2, help="Length of the test input.")] = 48,
     bits: opt.Bits = None,
+    wire_bits: Annotated[
+        str | None,
+        typer.Option(
+            "--wire-bits", metavar="8", help="Also chain the stages as `serve --wire-bits 8` does, and show the error."
+        ),
+    ] = None,
     url: Annotated[str | None, typer.Option("--url", help="Verify the plan that this endpoint runs.")] = None,
     accept: Annotated[
         bool, typer.Option("--accept", help="What is computed now is right; compare with it from now on.")
@@ -43,4 +49,6 @@ def verify(
     from cluster.cli.running import run_command
     from cluster.cli.verify import VerifyCommand, verify_command
 
-    run_command(verify_command, VerifyCommand(model, stages, backend, tokens, bits, url, accept, state, as_json))
+    run_command(
+        verify_command, VerifyCommand(model, stages, backend, tokens, bits, wire_bits, url, accept, state, as_json)
+    )

@@ -5,6 +5,7 @@ Knows nothing of how the verdict came about.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 from types import TracebackType
@@ -16,7 +17,7 @@ from rich.table import Table
 from cluster.cli.drift import Drift
 from cluster.models.facts import ModelFacts
 from node.hardware import Device, engine_version
-from node.verification import Comparison, Verdict
+from node.verdict import Comparison, NarrowChain, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +72,12 @@ def show(report: Report, console: Console) -> None:
     table = Table("", "on", "largest error", "tolerance", "", box=None, pad_edge=False, header_style="bold")
     for stage in verdict.stages:
         _add(table, f"stage {stage.part.stage}: layers {stage.part.layers}", stage)
-    same = sum(a == b for a, b in zip(verdict.chain.expected_tokens, verdict.chain.found_tokens, strict=True))
-    drawn = f"{same} of {len(verdict.chain.expected_tokens)} tokens alike"
+    drawn = alike(verdict.chain.expected_tokens, verdict.chain.found_tokens)
     _add_row(table, "all stages chained", drawn, verdict.chain.error, verdict.chain.tolerance, verdict.chain.within)
+    if verdict.narrow is not None:
+        narrow = verdict.narrow
+        drawn = alike(narrow.expected_tokens, narrow.found_tokens)
+        table.add_row("chained, prompts in 8 bits between them", drawn, f"{narrow.error:.1e}", "", "")
     for layer in verdict.layers:
         _add(table, f"layer {_layer_name(layer, facts)}", layer)
     console.print(table)
@@ -85,6 +89,10 @@ def show(report: Report, console: Console) -> None:
     for note in report.notes:
         say(f"Note: {note}.")
     say(verdict_line(report))
+
+
+def alike(expected: Sequence[int], found: Sequence[int]) -> str:
+    return f"{sum(a == b for a, b in zip(expected, found, strict=True))} of {len(expected)} tokens alike"
 
 
 def verdict_line(report: Report) -> str:
@@ -166,11 +174,20 @@ def document(report: Report) -> dict[str, object]:
             "expected_tokens": verdict.chain.expected_tokens,
             "found_tokens": verdict.chain.found_tokens,
         },
+        "narrow_chain": None if verdict.narrow is None else _narrow_document(verdict.narrow),
         "worst_layer": verdict.worst_layer.part.layers.first,
         "drifted": any(drift.beyond for drift in report.drifts),
         "fingerprints": [_drift_document(drift) for drift in report.drifts],
         "fingerprints_kept": report.kept,
         "notes": report.notes,
+    }
+
+
+def _narrow_document(narrow: NarrowChain) -> dict[str, object]:
+    return {
+        "error": _number(narrow.error),
+        "expected_tokens": narrow.expected_tokens,
+        "found_tokens": narrow.found_tokens,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
+from dataclasses import replace
 
 import msgpack
 import pytest
@@ -14,6 +15,7 @@ from cluster.codec import Decoder, Expectation, encode
 from cluster.errors import RequestError, StaleFrame, WireError
 from cluster.frames import Frame, Hello, Message, Outcome, StreamRole
 from cluster.limits import FRAME_PAYLOAD_BYTES_MAX, GRPC_MESSAGE_BYTES_MAX, PROTOCOL_VERSION, STEP_ROWS_MAX
+from cluster.narrowing import NarrowTensor, narrow, narrow_bytes
 from cluster.plan import Fence
 from cluster.steps import (
     Draw,
@@ -64,7 +66,8 @@ def plain(message: Message | None) -> Message | None:
     if not isinstance(message, Frame):
         return message
     tensors = tuple(HostTensor(tensor.dtype, tensor.shape, bytes(tensor.data)) for tensor in message.tensors)
-    return Frame(message.fence, message.step, tensors, message.honoured, message.marks, message.failure)
+    narrowed = tuple(NarrowTensor(tensor.dtype, tensor.shape, bytes(tensor.data)) for tensor in message.narrow)
+    return replace(message, tensors=tensors, narrow=narrowed)
 
 
 def seq(number: int) -> SequenceId:
@@ -90,6 +93,8 @@ ROWS = (
         frame(ROWS),
         frame(ROWS, honoured=(Honoured(seq(9), 4),), marks=(StageMark(0, 0.1, 0.2, 0.3),)),
         frame((), tensors=(), step=Step(StepId(0), (Fork(seq(1), seq(2), 3), Trim(seq(1), 0), Drop(seq(4))), ())),
+        frame(ROWS, tensors=(), narrow=(narrow(hidden(4)),)),
+        frame(ROWS, narrowing=(0, 2, 1023)),
         frame((), tensors=(), step=Step(StepId(0), (Move(seq(1), seq(2), 3),), ())),
         frame(ROWS, tensors=(), failure=StepFailed(StepId(3), 1, "no room", (seq(2),))),
         Outcome(FENCE, StepDone(StepId(4), (Drawn(seq(1), 9, 42),), (Honoured(seq(1), 3),), (StageMark(1, 0, 0, 1),))),
@@ -138,6 +143,23 @@ def test_a_long_prefill_travels_as_several_messages_within_the_limit() -> None:
     assert plain(decode(messages, expectation(boundary))) == plain(sent)
 
 
+def test_a_long_prefill_in_eight_bits_takes_half_of_the_messages() -> None:
+    width = 1024
+    boundary = (TensorSpec("hidden", (width,), DType.BF16),)
+    sent = frame((Row(seq(1), 0, (1,) * 1800),), tensors=(), narrow=(narrow(hidden(1800, width)),))
+    messages = encode(sent)
+    assert len(messages) == 2 and len(encode(replace(sent, tensors=(hidden(1800, width),), narrow=()))) == 4
+    assert sum(map(len, messages)) < narrow_bytes((1800, width)) + 10_000
+    assert plain(decode(messages, expectation(boundary))) == plain(sent)
+
+
+def test_what_has_no_fraction_does_not_travel_in_eight_bits() -> None:
+    boundary = (TensorSpec("ids", (WIDTH,), DType.U8),)
+    sent = frame(ROWS, tensors=(), narrow=(NarrowTensor(DType.U8, (4, WIDTH), bytes(narrow_bytes((4, WIDTH)))),))
+    with pytest.raises(WireError, match="eight bits"):
+        decode(encode(sent), expectation(boundary))
+
+
 def test_another_epochs_frame_is_stale() -> None:
     with pytest.raises(StaleFrame):
         Decoder(Expectation(Fence(FENCE.deployment, Epoch(8)), HIDDEN, VOCABULARY)).feed(encode(frame(ROWS))[0])
@@ -176,6 +198,9 @@ def test_parts_out_of_order_are_refused() -> None:
 
 
 def test_a_part_of_the_wrong_length_is_refused() -> None:
+    narrowed = frame(ROWS, tensors=(), narrow=(narrow(hidden(4)),))
+    with pytest.raises(WireError, match="tensor bytes"):
+        Decoder(expectation()).feed(encode(narrowed)[0][:-1])
     message = encode(frame(ROWS))[0]
     with pytest.raises(WireError, match="tensor bytes"):
         Decoder(expectation()).feed(message[:-1])
@@ -203,7 +228,9 @@ def test_the_payload_limit_leaves_room_for_the_largest_header() -> None:
 @settings(max_examples=300)
 @given(st.data())
 def test_damaged_messages_raise_wire_errors_and_nothing_else(data: st.DataObject) -> None:
-    message = bytearray(encode(frame(ROWS, marks=(StageMark(0, 0.1, 0.2, 0.3),)))[0])
+    wide = frame(ROWS, marks=(StageMark(0, 0.1, 0.2, 0.3),), narrowing=(1, 2))
+    narrowed = replace(wide, tensors=(), narrow=(narrow(hidden(4)),))
+    message = bytearray(encode(narrowed if data.draw(st.booleans()) else wide)[0])
     for _ in range(data.draw(st.integers(1, 4))):
         message[data.draw(st.integers(0, len(message) - 1))] = data.draw(st.integers(0, 255))
     cut = data.draw(st.integers(0, len(message)))

@@ -147,13 +147,14 @@ def test_a_stream_that_begins_wrongly_is_closed(what: str, stages: list[Stage]) 
 
 
 def _frame(stage: Stage, *, step: int = 1 << 40, parts: object = 1, verbs: object = (), rows: object = None,
-           tensors: object = (), fence: Fence | None = None, payload: bytes = b"") -> bytes:  # fmt: skip
+           tensors: object = (), narrow: object = 0, narrowing: object = (), fence: Fence | None = None,
+           payload: bytes = b"") -> bytes:  # fmt: skip
     """A frame for `stage` with any of its parts replaced."""
     at = fence or stage.fence
     some_row = _columns([1 << 40], struct.pack("<2i", 9, 9), 2)
     return _message(
         [PROTOCOL_VERSION, "f", at.deployment, at.epoch, step, parts, verbs, some_row if rows is None else rows,
-         tensors, [], [], None],
+         tensors, [], [], None, narrow, narrowing],
         payload,
     )  # fmt: skip
 
@@ -197,6 +198,11 @@ LATER_MESSAGES: dict[str, Callable[[Stage], list[bytes]]] = {
     "a tensor of 512 GiB": lambda stage: [_frame(stage, parts=524_288 >> 4, tensors=[["F32", [HUGE, 64]]])],
     "too many parts": lambda stage: [_frame(stage, parts=60_000, tensors=[["F32", [2, 64]]])],
     "a payload that is too short": lambda stage: [_frame(stage, tensors=[["F32", [2, 64]]], payload=bytes(100))],
+    "eight bits of the wrong length": lambda stage: [
+        _frame(stage, tensors=[["F32", [2, 64]]], narrow=1, payload=bytes(512))
+    ],
+    "eight bits by half": lambda stage: [_frame(stage, rows=_NO_ROWS, narrow=0.5)],
+    "a stage before the first that narrows": lambda stage: [_frame(stage, rows=_NO_ROWS, narrowing=[-1])],
     "a payload that nobody announced": lambda stage: [_frame(stage, rows=_NO_ROWS, payload=bytes(100))],
     "the second part of nothing": lambda stage: [
         _message([PROTOCOL_VERSION, "p", stage.fence.deployment, stage.fence.epoch, 7, 1], bytes(10))

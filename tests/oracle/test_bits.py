@@ -28,7 +28,8 @@ from node.engines.registry import create_engine
 from node.engines.torch import quantising as torch_packing
 from node.engines.torch.engine import TorchEngine
 from node.engines.torch.reference import trace_whole_model as trace_by_torch
-from node.verification import Part, Subject, Verdict, verify
+from node.verdict import Part, Verdict
+from node.verification import Subject, verify
 from tests.checkpoints import make_checkpoint
 from tests.converted import convert
 from tests.oracle import pipelines

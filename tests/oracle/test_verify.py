@@ -32,7 +32,8 @@ from node.engines.mlx.reference import trace_whole_model as trace_by_mlx
 from node.engines.registry import create_engine
 from node.engines.torch.reference import trace_whole_model as trace_by_torch
 from node.hardware import detect_devices
-from node.verification import Part, Subject, Verdict, verify
+from node.verdict import Part, Verdict
+from node.verification import Subject, verify
 from tests.checkpoints import FAMILIES, make_checkpoint
 from tests.oracle.reference import WholeModel, random_prompt
 
@@ -62,11 +63,11 @@ def torch_trace(folder: Path) -> Trace:
     return trace_of(folder)
 
 
-def verdict_of(folder: Path, backends: Sequence[Backend], trace: Trace) -> Verdict:
+def verdict_of(folder: Path, backends: Sequence[Backend], trace: Trace, *, narrow: bool = False) -> Verdict:
     """Two stages of the model in `folder`; the trace may be another folder's."""
     facts = read_facts(open_checkpoint(folder))
     parts = [Part(i, cut, DEVICES[backends[i % len(backends)]]) for i, cut in enumerate(even_cut(facts, 2))]
-    return verify(Subject(folder, facts, tuple(parts)), trace, create_engine, lambda what, done, total: None)
+    return verify(Subject(folder, facts, tuple(parts), narrow), trace, create_engine, lambda what, done, total: None)
 
 
 def wrong_layers(verdict: Verdict) -> set[int]:
@@ -255,6 +256,16 @@ def test_the_command_names_the_wrong_layer_and_ends_with_1(
         "NOT within tolerance: stage 2; the chain; layer 4. The worst layer is layer 4 of stage 2"
     )
     assert [line.split()[1] for line in lines if line.startswith("layer ") and line.endswith("WRONG")] == ["4"]
+
+
+@pytest.mark.parametrize("backends", [TORCH, MLX, MIXED, MIXED_BACK])
+def test_prompts_in_eight_bits_are_shown_beside_the_exact_chain(
+    backends: tuple[Backend, ...], checkpoint: Checkpoints
+) -> None:
+    verdict = verdict_of(checkpoint("llama"), backends, torch_trace(checkpoint("llama")), narrow=True)
+    assert verdict.within and verdict.narrow is not None
+    assert 10 * verdict.chain.error < verdict.narrow.error < 0.1
+    assert verdict.narrow.expected_tokens == verdict.chain.expected_tokens
 
 
 def test_a_backend_that_cannot_run_the_model_is_refused(checkpoint: Checkpoints, tmp_path: Path) -> None:

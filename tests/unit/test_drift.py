@@ -18,7 +18,8 @@ from cluster.types import ModelId
 from node.comparison import Floats
 from node.fingerprint import sketch_of, steady_rms
 from node.hardware import Device
-from node.verification import Subject, Verdict
+from node.verdict import Verdict
+from node.verification import Subject
 from tests.unit.test_verification import CPU, FACTS, LAYERS, METAL, off_in_layer, report_of, stages, verdict_of
 
 MODEL = ModelId("aa")

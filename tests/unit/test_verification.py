@@ -26,7 +26,8 @@ from node.comparison import (
 )
 from node.engine import Engine, Logits, Progress, StageSpec
 from node.hardware import Device
-from node.verification import Part, Subject, Verdict, verify
+from node.verdict import Part, Verdict
+from node.verification import Subject, verify
 from tests import clusters
 
 HIDDEN, VOCABULARY, LAYERS = 16, 32, 6

@@ -10,7 +10,8 @@ from cluster.cli.verify import _notes
 from cluster.models.checkpoint import Checkpoint
 from cluster.types import Backend, LayerRange
 from node.hardware import Device
-from node.verification import Part, Subject
+from node.verdict import Part
+from node.verification import Subject
 from tests.clusters import model
 
 CONTEXT = 16_384

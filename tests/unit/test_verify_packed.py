@@ -14,7 +14,8 @@ from cluster.models.formats import Packing, Quantization
 from cluster.types import Backend, LayerRange, ModelId
 from node.comparison import Trace
 from node.hardware import Device
-from node.verification import Part, Subject, _Run
+from node.verdict import Part
+from node.verification import Subject, _Run
 from tests.clusters import model
 
 FACTS = model([50] * 3)
