@@ -21,21 +21,20 @@ from cluster.cli import drift
 from cluster.cli.endpoint import Endpoint
 from cluster.cli.fingerprints import Fingerprints
 from cluster.cli.verify_cut import Cut, RunningPlan, check_cuts, even_cut, parse_backends, parse_stages, read_plan
+from cluster.cli.verify_notes import notes_on_input, notes_on_plan, notes_on_reference, notes_on_store
 from cluster.cli.verify_report import Report, Telling, document, show
 from cluster.errors import DoesNotFit, UsageError
 from cluster.models.checkpoint import Checkpoint, open_checkpoint
 from cluster.models.facts import ModelFacts, read_facts
-from cluster.models.families import family_of
 from cluster.models.formats import MLX_MODES
 from cluster.models.layout import Unused, part_of
 from cluster.models.manifest import build_manifest
 from cluster.models.matrices import read_matrices
 from cluster.models.quantising import check_bits
-from cluster.models.windows import read_windows
 from cluster.placement import stage_cost
 from cluster.quantities import format_bytes
 from cluster.state_dir import StateDir, default_state_path
-from cluster.types import Backend, DType, ModelId
+from cluster.types import Backend, ModelId
 from coordinator.hub import ResolvedModel, resolve_model, work_on
 from coordinator.server import conversions_folder
 from node.comparison import Trace
@@ -96,7 +95,12 @@ def verify_command(command: VerifyCommand) -> int:
         keeps = verdict.within and (command.accept or not has_drifted)  # what is wrong is nothing to compare with
         if keeps:
             drift.keep(subject, verdict, model_id, command.tokens, store, accept=command.accept)
-    notes = (*_notes(checkpoint, subject, command.tokens), *_notes_on_plan(subject, running), *_notes_on(store))
+    notes = (
+        *notes_on_input(checkpoint, subject, command.tokens),
+        *notes_on_reference(checkpoint, subject, reference, command.tokens),
+        *notes_on_plan(subject, running),
+        *notes_on_store(store),
+    )
     report = Report(model.name, model.revision, subject.facts, command.tokens, reference, verdict, drifts, keeps, notes)
     if command.as_json:
         sys.stdout.write(json.dumps(document(report), allow_nan=False) + "\n")
@@ -264,33 +268,3 @@ def _trace(subject: Subject, tokens: tuple[int, ...], reference: Device) -> Trac
             return mlx_reference.trace_whole_model(subject.folder, subject.facts, tokens, reference)
         case _:
             assert_never(reference.backend)
-
-
-def _notes(checkpoint: Checkpoint, subject: Subject, tokens: int) -> tuple[str, ...]:
-    """What this run could not see."""
-    notes = []
-    where, context = str(checkpoint.folder), subject.facts.context_tokens
-    family, config = family_of(checkpoint.config, where)
-    windows = read_windows(family, config, subject.facts.layer_count, where)
-    smallest = min((window for window in windows if window is not None), default=context)
-    if tokens <= smallest < context:  # no input leaves a window as long as the context
-        beyond = min(smallest * 3 // 2, context)
-        notes.append(f"{tokens} tokens lie within the window of {smallest}; --tokens {beyond} passes it")
-    if subject.routed and subject.facts.dtype is not DType.F32:
-        notes.append("errors are the median token's: in 16 bits a router may choose another expert for a few tokens")
-    return tuple(notes)
-
-
-def _notes_on_plan(subject: Subject, running: RunningPlan | None) -> tuple[str, ...]:
-    """Where the cluster computes on something that this machine has not used."""
-    if running is None:
-        return ()
-    return tuple(
-        f"stage {part.stage} runs on {device} in the cluster, and was computed on {part.device.device} here"
-        for part, device in zip(subject.stages, running.devices, strict=True)
-        if device != part.device.device
-    )
-
-
-def _notes_on(store: Fingerprints) -> tuple[str, ...]:
-    return tuple(f"the fingerprint {name} is damaged and counts as none; remove it" for name in sorted(store.damaged))
