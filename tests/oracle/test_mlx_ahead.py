@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from cluster.types import SequenceId
 from node.engines.mlx.engine import MlxEngine
+from tests.oracle.mlx_counts import counted
 from tests.oracle.mlx_reference import MLX_TOLERANCE, whole_mlx_model
 from tests.oracle.pipelines import load_pipeline, row, run_prefill, stage_specs
 from tests.oracle.reference import random_prompt
@@ -70,6 +71,25 @@ def test_steps_that_overlap_write_into_their_lanes_in_place(checkpoint: Checkpoi
     third = begin(-1, [0, 1])
     second()
     third()
+    assert keys_and_values(engine, 4) == before
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["two lanes", "one lane"])
+def test_a_step_waits_for_another_one_in_its_lane_and_for_no_other(
+    together: bool, checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the device still reads a lane, nothing would be written there in place."""
+    engine, prompts = prefilled(checkpoint("llama"), 4)
+    for company in [[0, 1, 2, 3]] if together else [[0, 1], [2, 3]]:
+        engine.step([row(seq, len(prompts[seq]) - 3, [7]) for seq in company], None)
+    before = keys_and_values(engine, 4)
+    with counted(monkeypatch) as counts:
+        first = engine.begin([row(seq, len(prompts[seq]) - 2, [7]) for seq in (0, 1)], None)
+        assert counts.waits == 0
+        second = engine.begin([row(seq, len(prompts[seq]) - 2, [7]) for seq in (2, 3)], None)
+        assert counts.waits == together
+    first()
+    second()
     assert keys_and_values(engine, 4) == before
 
 

@@ -163,7 +163,8 @@ def test_who_waits_makes_room_before_a_company_is_parted() -> None:
         assert span.lane.tokens + sum(lane.tokens for lane in waiting.values()) <= 8 * 96
 
 
-def test_nothing_is_written_where_a_row_is_computed_for_nobody() -> None:
+@pytest.mark.parametrize("starts", [[40 + place for place in range(8)], [40] * 8], ids=["ragged", "equal"])
+def test_nothing_is_written_where_a_row_is_computed_for_nobody(starts: list[int]) -> None:
     cache = small_cache()
     seqs = grown(cache, *range(20, 28))
     lane = decoded(cache, *seqs).lane
@@ -171,7 +172,6 @@ def test_nothing_is_written_where_a_row_is_computed_for_nobody() -> None:
     idle = lane.live[3]
     span = decoded(cache, *(seq for seq in seqs if seq != idle))
     assert span.seqs[3] is None
-    starts = [40 + place for place in range(8)]
     layer = LayerCache(Positions(starts, 1, lane.capacity, live=span.live), None, *lane.stored(0))
     layer.update_and_fetch(mx.full((8, 2, 1, 64), 99.0), mx.full((8, 2, 1, 64), 99.0))
     written = (layer.keys == 99.0).sum(axis=(1, 2, 3)).tolist()
