@@ -104,6 +104,7 @@ def test_scales_of_a_neighbour_are_found(made: Made, monkeypatch: pytest.MonkeyP
 
 
 def library_of(folder: Path, state: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()  # mlx-lm says something where the checkpoint was made just now
     command = VerifyCommand(model=str(folder), backend="torch", state=state, as_json=True, tokens=24)
     assert verify_command(command) == 0
     return str(json.loads(capsys.readouterr().out)["reference"]["library"])
