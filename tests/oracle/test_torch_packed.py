@@ -169,11 +169,15 @@ def test_mutants_fail(name: str, converted: Made, unpacked_answer: Answers, monk
         assert_same(*greedy(engines, expected.prompt, 8), expected, tolerance=TOLERANCE)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_moe"])
-def test_in_bfloat16_it_is_as_exact_as_transformers_on_the_unpacked_weights(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "bits"), [("llama", 4), ("gemma3", 4), ("qwen3_moe", 4), ("gemma3", 6), ("llama", 8), ("qwen3_moe", 8)]
+)
+def test_in_bfloat16_it_is_as_exact_as_transformers_on_the_unpacked_weights(
+    family: str, bits: int, tmp_path: Path
+) -> None:
     """By the CPU's own kernel: compared with the same numbers in float32, whatever rounds them."""
     plain = make_checkpoint(family, tmp_path / "plain", dtype="bfloat16")
-    packed = convert(plain, tmp_path / "packed", bits=4, group=64)
+    packed = convert(plain, tmp_path / "packed", bits=bits, group=64)
     prompt = random_prompt(40, seed=1)
     in_float32 = WholeModel(unconverted(packed, tmp_path / "exact")).in_float32().logits(prompt)
     rounded = mx.load(str(tmp_path / "exact" / "model.safetensors"))

@@ -16,8 +16,10 @@ from torch.nn.functional import embedding, linear
 
 from cluster.errors import ModelError
 from node.engines.torch import products
-from node.engines.torch.int4 import Int4, in_order_of_kernel
+from node.engines.torch.in_planes import in_planes
+from node.engines.torch.int4 import Order
 from node.engines.torch.packed import Affine, Fp8, Mxfp4, Packed, gathered, rows_of
+from node.engines.torch.planes import Planes
 from node.engines.torch.products import Joined, Stack, Whole
 
 ROWS, COLUMNS = 192, 256
@@ -148,34 +150,78 @@ def test_an_attribute_that_only_tensors_have_is_refused_by_name() -> None:
         Whole(affine()[0], torch.float32).view(2, -1)
 
 
-def kernel(matrix: Affine, *, looked_up: bool = False) -> Int4 | None:
+def kernel(matrix: Affine, *, looked_up: bool = False) -> Planes | None:
     copied = Affine(matrix.codes.clone(), matrix.scales, matrix.biases, matrix.bits)
-    found = in_order_of_kernel([copied], torch.bfloat16, looked_up=looked_up)
+    found = in_planes([copied], torch.bfloat16, looked_up=looked_up)
     return found and found[0]
 
 
-@pytest.mark.parametrize("group", [32, 64, 128])
+WIDTHS = [(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
+
+
+@pytest.mark.parametrize(("bits", "group"), WIDTHS)
 @pytest.mark.parametrize("tokens", [1, 5, 70])
-def test_the_kernel_for_four_bits_is_as_exact_as_bfloat16(group: int, tokens: int) -> None:
-    matrix, numbers = affine(4, group, mx.bfloat16)
+def test_products_of_planes_are_as_exact_as_bfloat16(bits: int, group: int, tokens: int) -> None:
+    matrix, numbers = affine(bits, group, mx.bfloat16)
     x = in_torch(random(tokens, COLUMNS, seed=1)).bfloat16()
     exact = x.float() @ numbers.T
-    ordered = kernel(matrix)
-    assert ordered is not None
-    error = relative_error(linear(x, Whole(ordered, torch.bfloat16)), exact)  # type: ignore[arg-type]
+    planes = kernel(matrix)
+    assert planes is not None
+    error = relative_error(linear(x, Whole(planes, torch.bfloat16)), exact)  # type: ignore[arg-type]
     assert error <= relative_error(linear(x, numbers.bfloat16()), exact)
-    assert sum(tensor.nbytes for tensor in ordered.tensors) == sum(
+    assert sum(tensor.nbytes for tensor in planes.tensors) == sum(
         tensor.nbytes for tensor in (matrix.codes, matrix.scales, matrix.biases)
     )
 
 
-def test_rows_are_looked_up_in_the_kernels_order() -> None:
-    """What is lost is the rounding of a group's zero."""
-    matrix, exact = affine(4, 64, mx.bfloat16)
-    ordered = kernel(matrix, looked_up=True)
-    assert ordered is not None
+@pytest.mark.parametrize(("bits", "group"), WIDTHS)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_many_rows_of_input_are_multiplied_as_exactly(
+    bits: int, group: int, offset: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By unpacked weights; a tenth more error for the two numbers that hold an input's sum over a group."""
+    monkeypatch.setattr("node.engines.torch.planes._KERNEL_ROWS", {1: 99, 2: 99})
+    monkeypatch.setattr("node.engines.torch.planes._UNPACKED_ELEMENTS", 128 * COLUMNS)
+    matrix, numbers = affine(bits, group, mx.bfloat16)
+    x = in_torch(random(100, COLUMNS, offset=offset, seed=1)).bfloat16()
+    exact = x.float() @ numbers.T
+    planes = kernel(matrix)
+    assert planes is not None
+    error = relative_error(planes.product(x.view(4, 25, -1)).flatten(0, 1), exact)
+    assert error <= 1.1 * relative_error(linear(x, numbers.bfloat16()), exact)
+
+
+@pytest.mark.parametrize(("bits", "group"), WIDTHS)
+def test_rows_of_planes_are_looked_up_exactly(bits: int, group: int) -> None:
+    matrix, exact = affine(bits, group, mx.bfloat16)
+    planes = kernel(matrix, looked_up=True)
+    assert planes is not None
     rows = torch.tensor([191, 0, 64, 100, 100])
-    assert relative_error(ordered.values(rows), exact[rows]) < 2**-9
+    assert torch.equal(planes.values(rows), exact[rows])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 6])
+def test_planes_in_pieces_are_taken_apart_some_rows_at_a_time(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    planes, x = kernel(affine(bits, 64, mx.bfloat16)[0]), in_torch(random(3, COLUMNS, seed=1)).bfloat16()
+    assert planes is not None
+    whole = planes.product(x)
+    monkeypatch.setattr("node.engines.torch.planes._EXPANDED_BYTES", 1)
+    sizes: list[int] = []
+    expanded = Planes._expanded
+    monkeypatch.setattr(
+        Planes, "_expanded", lambda m, rows, order: (sizes.append(rows.stop), expanded(m, rows, order))[1]
+    )
+    assert torch.equal(planes.product(x), whole)
+    assert sizes == [64, 128, 192]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_groups_whose_scale_is_zero_are_their_bias(bits: int) -> None:
+    matrix, _ = affine(bits, 64, mx.bfloat16)
+    flat = Affine(matrix.codes, torch.zeros_like(matrix.scales), torch.ones_like(matrix.biases), bits)
+    planes = kernel(flat)
+    assert planes is not None
+    assert torch.equal(planes.product(torch.ones(1, COLUMNS).bfloat16()), torch.full((1, ROWS), COLUMNS).bfloat16())
 
 
 def test_what_the_kernel_would_lose_is_left_to_the_general_path() -> None:
@@ -183,6 +229,24 @@ def test_what_the_kernel_would_lose_is_left_to_the_general_path() -> None:
     assert kernel(affine(4, 64, mx.bfloat16, offset=40.0)[0]) is None
 
 
-@pytest.mark.parametrize("unfit", [affine(8)[0], rows_of(affine()[0], 0, 24)])
+@pytest.mark.parametrize("unfit", [rows_of(affine()[0], 0, 24), rows_of(affine(6)[0], 0, 32)])
 def test_what_the_kernel_does_not_compute_is_left_to_the_general_path(unfit: Affine) -> None:
     assert kernel(unfit) is None
+
+
+def test_an_order_that_is_not_known_is_enough_for_planes_of_four_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many rows of input are the kernel's then as well."""
+    monkeypatch.setattr("node.engines.torch.int4.order_of_codes", lambda: None)
+    assert kernel(affine(6)[0]) is kernel(affine(4)[0], looked_up=True) is None
+    matrix, numbers = affine(8, 64, mx.bfloat16)
+    planes, x = kernel(matrix), in_torch(random(100, COLUMNS, seed=1)).bfloat16()
+    assert planes is not None
+    exact = x.float() @ numbers.T
+    assert relative_error(planes.product(x), exact) <= relative_error(linear(x, numbers.bfloat16()), exact)
+
+
+def test_neighbours_in_a_byte_are_put_in_order() -> None:
+    """As processors without wide registers have them."""
+    order = Order(stride=2, offsets=(0, 0, 1, 1), shifts=(0, 4, 0, 4))
+    assert order.rows is not None
+    assert order.rows.tolist() == [0, 2, 1, 3]

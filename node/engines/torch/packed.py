@@ -38,7 +38,7 @@ class Affine:
         return self.codes.shape[-1] * 8 // self.bits
 
     def values(self) -> torch.Tensor:
-        grouped = _codes(self.codes, self.bits).unflatten(-1, (self.scales.shape[-1], -1))
+        grouped = _numbers(self.codes, self.bits).unflatten(-1, (self.scales.shape[-1], -1))
         grouped.mul_(self.scales.float().unsqueeze(-1)).add_(self.biases.float().unsqueeze(-1))
         return grouped.flatten(-2)
 
@@ -140,22 +140,27 @@ def _with_rows(packed: Affine | Mxfp4, rows: slice | torch.Tensor) -> Affine | M
             assert_never(packed)
 
 
-def _codes(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """float32 [rows, columns] of codes that lie one after another, whether or not they end with a byte."""
+def codes_of(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 [rows, columns] of codes that lie one after another, whether or not they end with a byte."""
     if bits == 8:
-        return packed.float()
-    if bits == 4:
-        return _looked_up(packed, _code_pairs(str(packed.device))).view(torch.float32)
+        return packed
     every = lcm(bits, 8)  # so many bits hold whole codes and are whole bytes
-    chunks = packed.unflatten(-1, (-1, every // 8)).to(torch.int16)
-    values = torch.empty((*chunks.shape[:-1], every // bits), dtype=torch.float32, device=packed.device)
+    chunks = packed.unflatten(-1, (-1, every // 8))
+    codes = packed.new_empty((*chunks.shape[:-1], every // bits))
     for place in range(every // bits):
         byte, shift = divmod(place * bits, 8)
         code = chunks[..., byte] >> shift
         if shift + bits > 8:
             code = code | (chunks[..., byte + 1] << (8 - shift))
-        values[..., place] = code & ((1 << bits) - 1)
-    return values.flatten(-2)
+        codes[..., place] = code & ((1 << bits) - 1)
+    return codes.flatten(-2)
+
+
+def _numbers(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """The same in float32."""
+    if bits == 4:
+        return _looked_up(packed, _code_pairs(str(packed.device))).view(torch.float32)
+    return codes_of(packed, bits).float()
 
 
 def _looked_up(codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 
 from cluster.models.checkpoint import StoredTensor
 from cluster.models.formats import Quantization
-from node.engines.torch.int4 import in_order_of_kernel
+from node.engines.torch.in_planes import in_planes
 from node.engines.torch.integers import Read
 from node.engines.torch.latent import Halves
 from node.engines.torch.layouts import read_packed
@@ -182,5 +182,5 @@ def _multiplied(
 ) -> list[Whole]:
     """In the form that is fastest for products."""
     affine = [matrix for matrix in matrices if isinstance(matrix, Affine)]
-    ordered = in_order_of_kernel(affine, dtype, looked_up=looked_up) if len(affine) == len(matrices) else None
+    ordered = in_planes(affine, dtype, looked_up=looked_up) if len(affine) == len(matrices) else None
     return [Whole(matrix, dtype, order) for matrix in ordered or matrices]

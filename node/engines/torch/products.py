@@ -16,8 +16,8 @@ from torch.nn.functional import embedding, linear
 
 from cluster.errors import ModelError
 from cluster.limits import UNPACKED_BYTES_MAX
-from node.engines.torch.int4 import Int4
 from node.engines.torch.packed import Packed, gathered, rows_of, tensors_of
+from node.engines.torch.planes import Planes
 
 _ELEMENT_BYTES = 16
 """Of one number while it is unpacked, at most: indexes and numbers of four bytes, what scales them, the result."""
@@ -63,7 +63,7 @@ class _InPlaceOfATensor:
 class Whole(_InPlaceOfATensor):
     """One packed matrix [outputs, inputs] whose products and rows are of `dtype`."""
 
-    def __init__(self, packed: Packed | Int4, dtype: torch.dtype, order: torch.Tensor | None = None) -> None:
+    def __init__(self, packed: Packed | Planes, dtype: torch.dtype, order: torch.Tensor | None = None) -> None:
         self.packed = packed
         self.dtype = dtype
         self.order = order  # the input that each packed column belongs to; None: in their order
@@ -73,14 +73,14 @@ class Whole(_InPlaceOfATensor):
     @property
     def nbytes(self) -> int:
         """All that it keeps in memory."""
-        parts = tensors_of(self.packed) if not isinstance(self.packed, Int4) else self.packed.tensors
+        parts = tensors_of(self.packed) if not isinstance(self.packed, Planes) else self.packed.tensors
         return sum(tensor.nbytes for tensor in parts) + (0 if self.order is None else self.order.nbytes)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """[..., outputs] of [..., inputs]."""
         if self.order is not None:
             x = x.index_select(-1, self.order)
-        if isinstance(self.packed, Int4):
+        if isinstance(self.packed, Planes):
             return self.packed.product(x)
         rows, columns = self.shape
         flat = x.reshape(-1, columns)
@@ -93,7 +93,7 @@ class Whole(_InPlaceOfATensor):
     def looked_up(self, rows: torch.Tensor) -> torch.Tensor:
         """The rows with these indexes, [..., inputs]."""
         flat = rows.flatten()
-        values = self.packed.values(flat) if isinstance(self.packed, Int4) else gathered(self.packed, flat).values()
+        values = self.packed.values(flat) if isinstance(self.packed, Planes) else gathered(self.packed, flat).values()
         if self.order is not None:
             values = torch.empty_like(values).index_copy_(1, self.order.long(), values)
         return values.to(self.dtype).view(*rows.shape, -1)
