@@ -12,6 +12,8 @@ Written by `make bench` (`make bench-peers` adds llama.cpp to the same run); do 
 stands here, good or bad. Ratios count: absolute figures do not travel to another machine.
 """
 
+_EVERY_TARGET = frozenset(range(1, 11))
+
 _METHOD = """## Method
 
 - **The model** is a 0.36-billion-parameter Llama shape (hidden 1024, 24 layers, 16 heads, 8 KV heads, intermediate
@@ -68,7 +70,9 @@ def _summary(sections: Sequence[Section]) -> str:
     measured = [row for row in promised if row.value is not None]
     held = sum(row.verdict == "holds" for row in measured)
     missing = sum(row.value is None for section in sections for row in section.rows)
-    return f"{held} of {len(measured)} measured targets hold; rows that could not be measured here: {missing}.\n"
+    text = f"{held} of {len(measured)} measured targets hold; rows that could not be measured here: {missing}.\n"
+    absent = sorted(_EVERY_TARGET - {row.target for section in sections for row in section.rows})
+    return text + (f"Not in this run: targets {', '.join(map(str, absent))}.\n" if absent else "")
 
 
 def _line(row: Row) -> str:

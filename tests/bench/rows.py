@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+NO_PEERS = "llama.cpp is not in this run; make bench-peers has it"
+
 
 @dataclass(frozen=True, slots=True)
 class Promise:

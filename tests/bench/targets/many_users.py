@@ -9,7 +9,7 @@ from cluster.cli.bench_measures import Result
 from tests.bench import ceilings
 from tests.bench.bench import LLAMA, ONE, RPC, TWO, Bench
 from tests.bench.loads import IN_TOKENS, tokens_s
-from tests.bench.rows import Row, at_least, at_most
+from tests.bench.rows import NO_PEERS, Row, at_least, at_most, unmeasured
 
 FEW, MANY = 16, 32
 Results = Mapping[str, list[Result]]
@@ -30,7 +30,9 @@ def rows(bench: Bench) -> list[Row]:
         Row(2, f"two nodes, {MANY} users", measured[MANY], "tok/s", best[MANY], note=_busy(many[TWO])),
         Row(2, f"one node, {FEW} users", tokens_s(few[ONE]), "tok/s"),
     ]  # fmt: skip
-    if bench.has(RPC):
+    if not bench.has(RPC):
+        found.append(unmeasured(2, f"two nodes, {FEW} users: to llama.cpp RPC", NO_PEERS))
+    else:
         rpc, llama = tokens_s(few[RPC]), tokens_s(few[LLAMA])
         found += [
             Row(2, f"two nodes, {FEW} users: to llama.cpp RPC", measured[FEW] / rpc, "", best[FEW] / rpc,
@@ -58,7 +60,9 @@ def first_tokens(bench: Bench) -> list[Row]:
         Row(6, f"two nodes, {MANY} users: p99 of the first token, worst round", last_s, "s",
             note="every answer came whole"),
     ]  # fmt: skip
-    if bench.has(RPC):
+    if not bench.has(RPC):
+        found.append(unmeasured(6, f"two nodes, {FEW} users: median of the first token, to llama.cpp RPC", NO_PEERS))
+    else:
         rpc_s = median(result.first.p50_s for result in few[RPC] if result.first)
         found += [
             Row(6, f"two nodes, {FEW} users: median of the first token, to llama.cpp RPC", p50_s / rpc_s, "",

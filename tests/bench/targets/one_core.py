@@ -7,7 +7,7 @@ from tests.bench.bench import LLAMA_ONE, ONE, Bench
 from tests.bench.loads import token_s
 from tests.bench.model import model_folder
 from tests.bench.read_rate import read_bytes_s
-from tests.bench.rows import Row, at_most
+from tests.bench.rows import NO_PEERS, Row, at_most, unmeasured
 from tests.bench.targets.one_user import ARMS
 
 _LOOKED_UP = "embed_tokens.weight"
@@ -23,7 +23,9 @@ def rows(bench: Bench) -> list[Row]:
         Row(10, "the engine alone on one core: time per token", 1000 * engine_s, "ms", 1000 * best_s,
             note="the ceiling reads all matrices once, at the rate of a plain read"),
     ]  # fmt: skip
-    if bench.has(LLAMA_ONE):
+    if not bench.has(LLAMA_ONE):
+        found.append(unmeasured(10, "the engine alone on one core, to llama.cpp on one core", NO_PEERS))
+    else:
         llama_s = token_s(bench.load(1, *ARMS)[LLAMA_ONE])
         found += [
             Row(10, "the engine alone on one core, to llama.cpp on one core", engine_s / llama_s, "", None,
