@@ -135,9 +135,9 @@ def _floats(tensor: torch.Tensor) -> Floats:
     return np.array(tensor[0].float().numpy())
 
 
-def parts_alone(folder: Path, maker: Callable[[], Engine], judge: Judge) -> list[Floats]:
+def parts_alone(folder: Path, maker: Callable[[], Engine], judge: Judge, *, bits: int | None = None) -> list[Floats]:
     """What each part makes of what enters it, on an engine of its own; of the last one logits."""
-    specs = stage_specs(folder, judge.cuts[1:-1])
+    specs = stage_specs(folder, judge.cuts[1:-1], bits=bits)
     found = []
     others: list[Boundary] = []  # what layers have for themselves, which comes from the first stage
     for spec, entering in zip(specs, judge.hidden, strict=True):
