@@ -13,7 +13,7 @@ from typing import Final
 
 from cluster.limits import STEP_ROWS_MAX, STEP_TOKENS_MAX, UNPACKED_BYTES_MAX
 from cluster.models.facts import ModelFacts
-from cluster.types import Backend
+from cluster.types import Backend, DType
 
 _ATTENTION_QUERIES: Final = 512
 """torch attends in blocks of so many queries, each with a mask as wide as the context."""
@@ -30,12 +30,38 @@ class _Held:
     scores: int  # elements that may be written to memory in one piece
     scores_bytes: int  # of each, where they are written in float32; with copies
     scores_copies: int  # in the model's own type, where they are not
+    unpacked: int  # bytes of a packed matrix in full precision
+    lingering: int  # times queries, keys and values, and the scores once, while a dense MLP computes
+    widened: int  # times hidden states in 16 bits, whose norms are computed in float32
 
 
 _HELD: Final = {
-    Backend.TORCH: _Held(attention=3, mlp=3, experts=4, routed=4, scores=1 << 23, scores_bytes=8, scores_copies=0),
-    # Functions are not fused on the CPU, and what they leave on the way counts: a gate's sigmoid, for one.
-    Backend.MLX: _Held(attention=6, mlp=5, experts=5, routed=6, scores=1 << 25, scores_bytes=0, scores_copies=3),
+    Backend.TORCH: _Held(
+        attention=3,
+        mlp=3,
+        experts=4,
+        routed=4,
+        scores=1 << 23,
+        scores_bytes=8,
+        scores_copies=0,
+        unpacked=UNPACKED_BYTES_MAX,
+        lingering=0,
+        widened=0,
+    ),
+    # Functions are not fused on the CPU, and MLX allocates for what comes next while it still computes: what they leave
+    # on the way counts, a gate's sigmoid, for one. Products read packed matrices as they are.
+    Backend.MLX: _Held(
+        attention=6,
+        mlp=3,
+        experts=5,
+        routed=6,
+        scores=1 << 23,
+        scores_bytes=0,
+        scores_copies=3,
+        unpacked=0,
+        lingering=4,
+        widened=7,
+    ),
 }
 
 _HIDDEN: Final = 6
@@ -46,27 +72,32 @@ what the library keeps for itself."""
 def activation_bytes(facts: ModelFacts, backend: Backend, is_last: bool, *, context: int, users: int) -> int:
     """Bytes of the largest step: hidden states throughout, and the most of what attention, the MLP and the head need
     one after another. No step has more new tokens than the cache has room for. What else than hidden states crosses a
-    boundary counts eight times: 7.3 were measured where it is made, up to 5.2 behind that. And a part of a packed
-    matrix exists in full precision."""
+    boundary counts eight times: 7.3 were measured where it is made, up to 5.2 behind that. And torch unpacks part of a
+    packed matrix."""
     held, tokens = _HELD[backend], min(STEP_TOKENS_MAX, context * users)
     beside = sum(prod(tensor.shape) for tensor in facts.boundary[1:])
     made = tokens * facts.dtype.size_bytes  # for each element of a token
-    attention = (held.attention + min(1, facts.extra_copies)) * facts.attention_width * made
+    hidden = _HIDDEN + (held.widened if facts.dtype.size_bytes < DType.F32.size_bytes else 0)
+    scores = _scores(facts, backend, tokens, context, users)
+    attention = (held.attention + min(1, facts.extra_copies)) * facts.attention_width * made + scores
     # Rows that draw have logits, and a copy of them on the way to the host.
     logits = 2 * 4 * min(STEP_ROWS_MAX, tokens) * facts.vocab_size if is_last else 0
-    unpacked = UNPACKED_BYTES_MAX if facts.quantization else 0
+    unpacked = held.unpacked if facts.quantization else 0
     return (
         unpacked
-        + (_HIDDEN * facts.hidden_size + 8 * beside) * made
-        + max(attention + _scores(facts, backend, tokens, context, users), max(_mlp(facts, held)) * made, logits)
+        + (hidden * facts.hidden_size + 8 * beside) * made
+        + max(attention, _mlp(facts, held, made, scores), logits)
     )
 
 
-def _mlp(facts: ModelFacts, held: _Held) -> tuple[int, int]:
-    """While experts or the dense MLP compute, and while tokens are sorted to experts."""
-    routed = facts.experts_used * facts.hidden_size
-    copies = (held.experts if routed else held.mlp) + facts.extra_copies
-    return copies * facts.mlp_width + routed, (held.routed + min(1, facts.extra_copies)) * routed
+def _mlp(facts: ModelFacts, held: _Held, made: int, scores: int) -> int:
+    """While experts compute and tokens are sorted to them, or the dense MLP computes."""
+    if facts.experts_used:
+        routed = facts.experts_used * facts.hidden_size
+        inner = (held.experts + facts.extra_copies) * facts.mlp_width + routed
+        return max(inner, (held.routed + min(1, facts.extra_copies)) * routed) * made
+    inner = (held.mlp + facts.extra_copies) * facts.mlp_width + held.lingering * facts.attention_width
+    return inner * made + (scores // held.scores_copies if held.lingering else 0)
 
 
 def _scores(facts: ModelFacts, backend: Backend, tokens: int, context: int, users: int) -> int:

@@ -163,6 +163,40 @@ def test_who_waits_makes_room_before_a_company_is_parted() -> None:
         assert span.lane.tokens + sum(lane.tokens for lane in waiting.values()) <= 8 * 96
 
 
+def test_no_lane_is_rounded_up_beyond_the_promise() -> None:
+    """As many short sequences as fill what was promised, where each rounded up would take twice as much. They compute
+    together, also while a long one takes what they leave."""
+    cache = small_cache(kv_tokens=8 * 32)
+    seqs = [SequenceId(index) for index in range(16)]
+    step(cache, dict.fromkeys(seqs, 3))
+    for new in range(5):
+        spans = step(cache, dict.fromkeys(seqs, 1) | ({SequenceId(99): 128} if new == 0 else {}))
+        lanes = [cache.lane_of(SequenceId(99)), cache.lane_of(seqs[0])]
+        assert len(spans) == 1 + (new == 0) and len({id(cache.lane_of(seq)) for seq in seqs}) == 1
+        assert sum(lane.tokens for lane in lanes) <= 8 * 32
+    assert cache.used_tokens == 8 * 32
+
+
+def test_sequences_that_fill_the_promise_to_the_last_position_part() -> None:
+    cache = small_cache(kv_tokens=200)
+    seqs = grown(cache, 99, 51, 44)
+    for seq in seqs:
+        mark(cache.lane_of(seq))
+    for _ in range(2):
+        spans = step(cache, dict.fromkeys(seqs, 1))
+        assert len(spans) == 3 and sum(span.lane.tokens for span in spans) <= 200
+    assert [marks(span, 44) for span in spans] == [[seq + 1] for span in spans for seq in span.lane.live]
+
+
+def test_a_fork_takes_no_more_than_is_left() -> None:
+    cache = small_cache(kv_tokens=100)
+    (seq,) = grown(cache, 50)
+    mark(cache.lane_of(seq))
+    assert cache.fork(seq, SequenceId(7), 50) == 50
+    assert cache.lane_of(seq).tokens + cache.lane_of(SequenceId(7)).tokens <= 100
+    assert cache.lane_of(SequenceId(7)).stored(0)[0][:, :, :50].min().item() == seq + 1
+
+
 @pytest.mark.parametrize("starts", [[40 + place for place in range(8)], [40] * 8], ids=["ragged", "equal"])
 def test_nothing_is_written_where_a_row_is_computed_for_nobody(starts: list[int]) -> None:
     cache = small_cache()

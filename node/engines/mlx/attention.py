@@ -22,7 +22,7 @@ from node.engines.mlx.positions import UnownedCache
 _NAME: Final = "scaled_dot_product_attention"
 _THEIRS: Final[Callable[..., mx.array]] = base.scaled_dot_product_attention
 
-SCORES_MAX: Final = 1 << 25
+SCORES_MAX: Final = 1 << 23
 """Scores in one block: some queries (one at least), all heads and rows, the whole context. `placement.activations`
 counts with it."""
 

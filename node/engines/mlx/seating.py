@@ -4,7 +4,7 @@ Sequences that compute together lie together. One that leaves its company leaves
 takes an empty row, so nobody else moves; a forward computes a run of rows, and the few of them that are empty, or
 somebody else's, for nobody. A whole company moves only when its lane is full, too short or too full of others. A lane
 is as long as its longest sequence, and that padding is bounded twice: it may not cost more than reading the weights
-once more, and lanes together take no more positions than were promised (but for rounding up).
+once more, and lanes together take no more positions than were promised.
 """
 
 from __future__ import annotations
@@ -65,20 +65,21 @@ class Seating:
         each. Sequences that want different numbers are in different lanes."""
         companies = self._settled(wanted)
         if companies is None and (idle := [seq for seq in self._lanes if seq not in wanted]):
-            self._rebuild([([seq], 1, _rounded(self._length(seq))) for seq in idle], self._all())
+            least = [(seq, min(_rounded(self._length(seq)), self._lanes[seq].capacity)) for seq in idle]
+            self._rebuild([([seq], 1, capacity) for seq, capacity in least], self._all())
             companies = self._settled(wanted)
         if companies is None:
-            self._spread(wanted)
-            companies = [[seq] for seq in wanted]
+            companies = self._spread(wanted)
         return [Span.over(self._lanes[company[0]], company) for company in companies]
 
     def copy(self, src: SequenceId, dst: SequenceId, parts: Sequence[Part], length: int) -> None:
         """Give `dst` a lane of its own, with these parts of layers, or what `src` has where a part holds nothing."""
         if not self._fits(self._all(), 1, _rounded(length)):
             self._rebuild([], self._all())
-            if sum(lane.tokens for lane in self._all()) + _rounded(length) > self._kv_tokens:
-                self._spread({})
-        source, twin = self._lanes[src], Lane([dst], _rounded(length), len(self._shapes))
+            if self._room_beside(self._all()) < length:
+                self._spread({}, beside=length)
+        capacity = min(_rounded(length), self._room_beside(self._all()))
+        source, twin = self._lanes[src], Lane([dst], capacity, len(self._shapes))
         row = source.rows.index(src)
         for layer, shape in enumerate(self._shapes):
             twin.fill(layer, shape, [parts[layer] if parts[layer][0] else (source.arrays[layer], row, length)])
@@ -104,7 +105,11 @@ class Seating:
         """Whether the promise holds these lanes and another one."""
         if self._rows_max is not None and sum(len(lane.rows) for lane in lanes) + rows > self._rows_max:
             return False
-        return sum(lane.tokens for lane in lanes) + tokens <= self._kv_tokens
+        return tokens <= self._room_beside(lanes)
+
+    def _room_beside(self, lanes: Sequence[Lane]) -> int:
+        """Positions that the promise holds beside these lanes."""
+        return self._kv_tokens - sum(lane.tokens for lane in lanes)
 
     def _settled(self, wanted: Mapping[SequenceId, int]) -> list[list[SequenceId]] | None:
         """Those that compute together, each company in a lane of its own; None when these would be too long."""
@@ -186,16 +191,36 @@ class Seating:
             self._rebuild([(company, count, roomy)], [])
             return True
         left = sum(lane.capacity for lane in staying for seq in lane.live if seq not in company)
-        for capacity in (roomy, _rounded(needed)):
-            if left + count * capacity <= self._kv_tokens:
+        each = (self._kv_tokens - left) // count
+        for capacity in (roomy, min(_rounded(needed), each)):
+            if needed <= capacity <= each:
                 self._rebuild([(company, count, capacity)], staying)
                 return True
         return False
 
-    def _spread(self, wanted: Mapping[SequenceId, int]) -> None:
-        """Give every sequence a lane of its own, no longer than it must be: the least memory that holds them."""
+    def _spread(self, wanted: Mapping[SequenceId, int], beside: int = 0) -> list[list[SequenceId]]:
+        """Make lanes no longer than they must be, with room for so many positions beside them. Returns the wanted
+        sequences, company by company; each in a lane of its own, where padding would not fit: the least memory that
+        holds them."""
         needed = {seq: self._length(seq) + wanted.get(seq, 0) for seq in (*self._lanes, *wanted)}
-        self._rebuild([([seq], 1, _rounded(length)) for seq, length in needed.items()], [])
+        room = self._kv_tokens - beside
+        companies = [
+            company
+            for tokens in dict.fromkeys(wanted.values())
+            for company in self._companies(seq for seq, count in wanted.items() if count == tokens)
+        ]
+        idle = [[seq] for seq in self._lanes if seq not in wanted]
+        if sum(len(company) * needed[company[-1]] for company in (*companies, *idle)) > room:
+            companies = [[seq] for seq in wanted]
+        room -= sum(len(company) * needed[company[-1]] for company in (*companies, *idle))
+        lanes: list[_New] = []
+        for company in (*companies, *idle):
+            length = needed[company[-1]]
+            ahead = min(_rounded(length) - length, max(0, room) // len(company))
+            room -= ahead * len(company)
+            lanes.append((company, len(company), length + ahead))
+        self._rebuild(lanes, [])
+        return companies
 
     def _rebuild(self, wanted: Sequence[_New], squeezed: Sequence[Lane]) -> None:
         """Move sequences to new lanes, layer by layer, so that one layer at a time is there twice. The squeezed lanes
