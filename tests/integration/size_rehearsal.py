@@ -1,7 +1,8 @@
 """A model at its real size: 8 billion parameters in bf16 over three nodes of 7 GiB each, then in 4 bits over two.
 
 Usage, as root: python -m tests.integration.size_rehearsal. The weights are the zeros of sparse files, which cost no
-disk, and as much memory and time as any others. Each node lives in a control group that would kill it beyond 7 GiB.
+disk, and as much memory and time as any others. Each node lives in a control group that would kill it beyond 7 GiB, and
+whose memory the plan counts apart from the others'.
 Ends with 1 when the answer was not whole, a node took more than its limit, or what it took for its stage was not what
 the plan had said.
 """
@@ -11,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import sys
 import tempfile
 import time
@@ -69,9 +69,8 @@ def rehearse(rehearsal: Rehearsal) -> int:
         for number in range(rehearsal.nodes):
             name = f"node-{number}"
             procs = _group(stack) / "cgroup.procs"
-            enter = f"echo $$ > '{procs}' && mount --bind '{_machine_id(folder / f'{name}.id')}' /etc/machine-id"
-            prefix = ("unshare", "--mount", "--propagation", "private", "sh", "-c", f'{enter} && exec "$@"', "sh")
-            options = {"memory": "7GiB", "prefix": prefix}
+            prefix = ("sh", "-c", f"echo $$ > '{procs}' && exec \"$@\"", "sh")
+            options = {"memory": f"{LIMIT_BYTES // GIB}GiB", "prefix": prefix}
             node = stack.enter_context(joined(name, "torch", cluster, folder / name, "--no-mdns", **options))  # type: ignore[arg-type]
             peers += ["--peer", str(node.wait_for("up", 120.0)["addresses"][0])]
             pids[name], idle_bytes[name] = node.pid, _status_bytes(node.pid, "VmRSS")
@@ -113,12 +112,6 @@ def _wait_ready(coordinator: Coordinator, began_s: float) -> None:
             sys.stdout.write(f"{time.monotonic() - began_s:4.0f} s: {phase}\n")
             sys.stdout.flush()
         time.sleep(1.0)
-
-
-def _machine_id(path: Path) -> Path:
-    """A file for /etc/machine-id: nodes of one machine would divide the limit among themselves."""
-    path.write_text(f"{secrets.token_hex(16)}\n")
-    return path
 
 
 def _show(stage: dict[str, Any], pid: int, idle_bytes: int) -> bool:
