@@ -65,7 +65,7 @@ DECISIVE_MIN = 4
 @dataclass(frozen=True, slots=True)
 class Case:
     family: str
-    format: str = "full"  # or `mlx`, `bits` (packed at load), or a layout of integers
+    format: str = "full"  # or `mlx` and how many bits, `bits` (packed at load), or a layout of integers
     dtype: str = "bfloat16"
 
     @property
@@ -98,9 +98,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
             return plain, plain
         if case.bits is not None:
             return plain, dequantised(plain, root / "rounded", case.bits)
-        if case.format != "mlx":
+        if not case.format.startswith("mlx"):
             return quantised_checkpoint(plain, case.format)
-        packed = convert(plain, root / "packed", bits=4)
+        packed = convert(plain, root / "packed", bits=int(case.format.removeprefix("mlx")))
         return packed, unconverted(packed, root / "unpacked")
 
     return make
@@ -146,7 +146,8 @@ def assert_near_float32(case: Case, makers: tuple[Maker, ...], folder: Path, jud
 CASES = [
     *((Case(family), makers) for family in ALL if family not in EXPERTS for makers in (*ALONE, *MIXED)),
     *((Case(family), (T,)) for family in EXPERTS),
-    *((Case(family, "mlx"), makers) for family in ALL for makers in (*ALONE, *SOME_MIXED)),
+    *((Case(family, "mlx4"), makers) for family in ALL for makers in (*ALONE, *SOME_MIXED)),
+    *((Case("llama", width), makers) for width in ("mlx3", "mlx6", "mlx8") for makers in (*ALONE, *SOME_MIXED)),
     *((Case(family, "bits"), makers) for family in ("llama", *EXPERTS) for makers in (*ALONE, *SOME_MIXED)),
     *((Case(family, "awq", "float16"), makers) for family in ("llama", "qwen3_moe") for makers in (*ALONE, *MIXED)),
     *((Case("llama", dtype="float16"), makers) for makers in (*ALONE, *MIXED)),
@@ -168,7 +169,7 @@ def test_layers_and_pipelines_are_as_near_to_float32_as_the_library(
 
 SEEN = pytest.mark.parametrize(
     ("case", "maker"),
-    [(Case("llama"), T), (Case("llama"), M), (Case("qwen3_moe", "mlx"), T), (Case("qwen3_moe", "mlx"), M)],
+    [(Case("llama"), T), (Case("llama"), M), (Case("qwen3_moe", "mlx4"), T), (Case("qwen3_moe", "mlx4"), M)],
     ids=lambda value: _name(value if isinstance(value, Case) else (value,)),
 )
 
@@ -206,7 +207,7 @@ def test_a_position_that_is_off_by_one_while_an_answer_is_said_is_seen_in_every_
     assert min(found) > case.limit((maker,))
 
 
-@pytest.mark.parametrize("case", [Case("llama"), Case("qwen3_moe", "mlx")], ids=_name)
+@pytest.mark.parametrize("case", [Case("llama"), Case("qwen3_moe", "mlx4")], ids=_name)
 def test_a_pipeline_that_skips_a_stage_fails_the_check(case: Case, folders: Folders, judge: Judges) -> None:
     first, _, last = stage_specs(folders(case)[0], (2, 4))
     logits = follow(load_pipeline((T, M), (first, last)), judge(case))
