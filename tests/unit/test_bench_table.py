@@ -86,7 +86,7 @@ def test_the_page_shows_every_row_and_counts_what_holds() -> None:
         quick=False,
     )
     assert "1 of 2 measured targets hold; rows that could not be measured here: 1." in page
-    assert "Not in this run: targets 3, 4, 5, 6, 7, 8, 10." in page
+    assert "Not in this run: targets 3, 4, 5, 6, 7, 8, 10, 11." in page
     assert "| 1 | good | 1.00 | 0.90 | at most 1.05 | holds |" in page
     assert "| 2 | bad | 0.50 | 1.00 | at least 0.90 | **misses**: 80% more needed (a \\| b) |" in page
     assert "| 2 | plain | 112 tok/s |  |  |  |" in page
