@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -101,8 +101,15 @@ class Endpoint:
         """The whole answer to token ids, greedily."""
         body = {"prompt": list(prompt), "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
         body |= {"return_token_ids": True, **fields}
-        headers = {"authorization": f"Bearer {key}"} if key else {}
-        asking = asyncio.create_task(self._client.post("/v1/completions", json=body, headers=headers))
+        return await self._ask("/v1/completions", body, {"authorization": f"Bearer {key}"} if key else {})
+
+    async def chat(self, *said: str, **fields: object) -> Any:
+        """The whole answer to what user and assistant have said in turns."""
+        messages = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(said)]
+        return await self._ask("/v1/chat/completions", {"messages": messages, "return_token_ids": True, **fields}, {})
+
+    async def _ask(self, path: str, body: Mapping[str, object], headers: Mapping[str, str]) -> Any:
+        asking = asyncio.create_task(self._client.post(path, json=body, headers=headers))
         await asyncio.wait((asking, self._running), return_when=asyncio.FIRST_COMPLETED)
         if self._running.done():
             self._running.result()  # what broke the pipeline

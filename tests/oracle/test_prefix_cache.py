@@ -19,6 +19,8 @@ from cluster.placement import stage_cost
 from cluster.placement.costs import KV_AHEAD
 from cluster.rewinding import EXACT
 from cluster.types import LayerRange
+from coordinator.builtin import demo_model_path
+from coordinator.text.model import load_text_model
 from node.engine import Engine
 from node.engines.mlx.engine import MlxEngine
 from node.engines.torch.engine import TorchEngine
@@ -95,6 +97,32 @@ def test_the_second_turn_does_not_compute_its_history_again(
         assert it.pipeline.tokens_held == [held] * len(makers)
 
     run(makers, checkpoint(family), talk)
+
+
+@pytest.mark.parametrize("makers", MAKERS)
+def test_a_chat_goes_on_from_the_tokens_that_were_drawn(makers: Makers) -> None:
+    """Hot enough that the built-in model draws tokens into which nobody would cut its words."""
+    tokenizer = load_text_model(demo_model_path()).tokenizer
+    question = "What can you tell me about all of these machines here on my desk?"
+
+    async def talk(it: Endpoint) -> None:
+        for seed in range(20):
+            answer = await it.chat(question, max_tokens=24, temperature=1.5, seed=seed)
+            (choice,), ids = answer["choices"], ids_of(answer)
+            said, is_whole = choice["message"]["content"], choice["finish_reason"] == "length"
+            is_text = "\ufffd" not in said and not any(map(tokenizer.is_silent, ids))
+            if is_whole and is_text and tuple(ids) != tokenizer.encode(said, add_special_tokens=False):
+                break
+        else:
+            pytest.fail("every answer was cut as its text would be")
+        turn = [*answer["prompt_token_ids"], *ids]
+        before = it.pipeline.tokens_computed
+        second = await it.chat(question, said, "And then?", max_tokens=1)
+        assert second["prompt_token_ids"][: len(turn)] == turn
+        assert cached_of(second) == len(turn) - 1
+        assert it.pipeline.tokens_computed - before == second["usage"]["prompt_tokens"] - cached_of(second)
+
+    run(makers, demo_model_path(), talk)
 
 
 @pytest.mark.parametrize("makers", MAKERS)
