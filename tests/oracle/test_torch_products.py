@@ -108,6 +108,19 @@ def test_products_unpack_some_rows_at_a_time(
     assert sizes == [50, 50, 50, 42]
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_in_16_bits_are_as_exact_as_rounded_weights(
+    packed: tuple[Packed, torch.Tensor], dtype: torch.dtype, tokens: int
+) -> None:
+    """A single row's weights are not even rounded."""
+    matrix, numbers = packed
+    x = in_torch(random(tokens, COLUMNS, seed=1)).to(dtype)
+    found, exact = Whole(matrix, dtype).product(x), x.float() @ numbers.T
+    assert found.dtype is dtype
+    assert relative_error(found, exact) <= relative_error(linear(x, numbers.to(dtype)), exact)
+
+
 def test_rows_are_looked_up(packed: tuple[Packed, torch.Tensor]) -> None:
     matrix, exact = packed
     ids = torch.tensor([[3, 191], [0, 3]])

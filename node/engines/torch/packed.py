@@ -83,12 +83,21 @@ class Fp8:
         return self.codes.shape[-1]
 
     def values(self) -> torch.Tensor:
-        values = _looked_up(self.codes, _fp8(str(self.codes.device))).view(torch.float32)
+        values = self._unscaled()
         rows = (torch.arange(values.shape[0], device=values.device) + self.above) // self.height
         scales = self.scales.float()[rows]
+        if self.columns == self.block * scales.shape[-1]:
+            return values.unflatten(-1, (-1, self.block)).mul_(scales.unsqueeze(-1)).flatten(-2)
         for index in range(scales.shape[-1]):
             values[:, index * self.block : (index + 1) * self.block].mul_(scales[:, index : index + 1])
         return values
+
+    def _unscaled(self) -> torch.Tensor:
+        """Two numbers at a time where a processor's cache holds what all pairs of codes mean."""
+        device = self.codes.device
+        if device.type != "cpu" or self.columns % 2:
+            return _looked_up(self.codes, _fp8(str(device)))
+        return _looked_up(self.codes.contiguous().view(torch.uint16), _fp8_pairs()).view(torch.float32)
 
 
 Packed = Affine | Mxfp4 | Fp8
@@ -164,7 +173,7 @@ def _numbers(packed: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _looked_up(codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """What each byte means, side by side. Much faster here than torch's own conversions of narrow types."""
+    """What each byte, or pair of bytes, means, side by side. Much faster than torch's conversions of narrow types."""
     return table.index_select(0, codes.flatten().int()).view(codes.shape)
 
 
@@ -184,6 +193,12 @@ def _fp4_pairs(device: str) -> torch.Tensor:
 @lru_cache
 def _fp8(device: str) -> torch.Tensor:
     return torch.arange(256, dtype=_BYTE).view(torch.float8_e4m3fn).float().to(device)
+
+
+@lru_cache
+def _fp8_pairs() -> torch.Tensor:
+    both, numbers = torch.arange(1 << 16), _fp8("cpu")
+    return torch.stack((numbers[both & 255], numbers[both >> 8]), dim=-1).view(torch.int64).flatten()
 
 
 @lru_cache
