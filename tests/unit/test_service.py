@@ -11,6 +11,7 @@ from typing import Any, cast
 import httpx
 import pytest
 
+from cluster.limits import QUEUED_REQUESTS_MAX
 from cluster.steps import Drawn, Step, StepDone
 from coordinator.admission import Room
 from coordinator.api.app import create_app
@@ -64,8 +65,9 @@ class Endpoint:
     def __init__(self, pipeline: PromptPipeline, serving: Serving, client: httpx.AsyncClient) -> None:
         self.pipeline, self.serving, self._client = pipeline, serving, client
 
-    async def complete(self, **fields: object) -> httpx.Response:
-        return await self._client.post("/v1/completions", json={"prompt": [5, 6, 7], **fields})
+    async def complete(self, *, key: str = "", **fields: object) -> httpx.Response:
+        headers = {"authorization": f"Bearer {key}"}
+        return await self._client.post("/v1/completions", json={"prompt": [5, 6, 7], **fields}, headers=headers)
 
     async def chat(self, **fields: object) -> Any:
         """The answer to a chat without max_tokens."""
@@ -166,3 +168,25 @@ def test_a_limit_of_the_servers_is_a_504(deadlines: Deadlines, code: str, silent
     response = asyncio.run(scenario())
     error = response.json()["error"]
     assert (response.status_code, error["code"], error["param"]) == (504, code, None)
+
+
+def test_who_is_displaced_from_a_full_queue_hears_when_to_come_back() -> None:
+    """One client fills the queue behind its first request; another one's takes the place of its newest."""
+
+    async def scenario() -> tuple[httpx.Response, httpx.Response, set[int]]:
+        async with endpoint() as it:
+            it.pipeline.silent_after = 0
+            asking = (it.complete(key="flood", max_tokens=4) for _ in range(1 + QUEUED_REQUESTS_MAX))
+            flood = [asyncio.create_task(each) for each in asking]
+            while it.serving.load[:2] != (QUEUED_REQUESTS_MAX, 1):  # noqa: ASYNC110 - nobody says when all wait
+                await asyncio.sleep(0)
+            other = asyncio.create_task(it.complete(key="other", max_tokens=4))
+            (displaced,), waiting = await asyncio.wait(flood, return_when=asyncio.FIRST_COMPLETED)
+            it.pipeline.go_on()
+            answers = await asyncio.gather(*waiting)
+            return await displaced, await other, {answer.status_code for answer in answers}
+
+    displaced, other, others = asyncio.run(scenario())
+    assert other.status_code == 200 and others == {200}
+    assert (displaced.status_code, displaced.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+    assert int(displaced.headers["retry-after"]) >= 1
