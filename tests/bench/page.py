@@ -32,7 +32,8 @@ _METHOD = """## Method
 - **Links** are emulated by one process that carries frames of at most 9,000 bytes between two TAP devices, in order: so
   many bytes a second, so much later, and on the Wi-Fi some later still, which holds up those behind them. The ceiling
   counts a token's way over the same emulation, measured alone with pauses for the stages' passes, so what the emulator
-  itself costs is in both. Four frames of a token may be late: what it sends each way, and TCP's acknowledgements.
+  itself costs is in both. Four frames of a token may be late: what it sends
+  each way, and TCP's acknowledgements. Ends use CUBIC or Reno, as most machines do, whatever this one is set to.
 - **Weights** come to a namespace with an empty folder over cables shaped to 1 Gbit/s, in turns with plain sockets over
   the same cables. Sources, receiver, cables and hashes share this machine's cores, and all files lie in memory.
 - **llama.cpp** is built from the sources inside `llama-cpp-python`, whose own server answers one request at a time;
