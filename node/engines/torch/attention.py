@@ -8,6 +8,7 @@ asks of its attention is refused by name.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +21,7 @@ from node.engines.torch.kv import LayerState, SequenceCache
 
 NAME = "potluck"
 BATCH_KEYWORD = "potluck_batch"
+_MANNER = "potluck_manner"
 
 _QUERIES_MAX = 512
 """Queries in one call where a mask is needed: the mask has this many rows as wide as the context."""
@@ -51,6 +53,21 @@ class Batch:
     spans: tuple[Span, ...]
     attended: list[int] = field(default_factory=list)
 
+    def parts(self, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Each sequence's own of [heads, tokens, size]; in one call, because there are many."""
+        return (tensor,) if len(self.spans) == 1 else tensor.split([span.end - span.begin for span in self.spans], 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Manner:
+    """What a layer does unlike others. Looked up once: a module takes long to say what it does not have."""
+
+    is_latent: bool
+    shares: bool  # attends to the keys of an earlier layer
+    offers: bool  # later layers attend to its keys
+    chunk: int | None
+    is_tuned: bool  # its queries grow with their positions
+
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
@@ -80,31 +97,50 @@ def attend(
     batch = others.pop(BATCH_KEYWORD)
     assert isinstance(batch, Batch)
     refuse_unknown(module, attention_mask, dropout, others)
-    layer = int(module.layer_idx)
+    layer, manner = int(module.layer_idx), _manner(module)
     batch.attended.append(layer)
-    is_latent = latent.is_latent(module)
-    if is_latent:
+    if manner.is_latent:
         query, key = latent.into_latents(module, query, key, value)
         value = key[..., :0]  # nothing to cache beside the latents
-    chunk = chunked.chunk_of(module)
-    _refuse_other_window(batch, layer, sliding_window or chunk)
+    _refuse_other_window(batch, layer, sliding_window or manner.chunk)
     scoring = Scoring(sliding_window, scaling, softcap, s_aux)
-    output = query.new_empty((query.shape[2], query.shape[1], key.shape[3] if is_latent else value.shape[3]))
-    for span in batch.spans:
-        if shared.shares(module):
-            keys, values, first = shared.borrow(module, span.offered)
-        else:
-            new = slice(span.begin, span.end)
-            keys, values, first = span.cache.write(layer, span.start, key[0, :, new], value[0, :, new])
+    parts = zip(batch.spans, *map(batch.parts, (query[0], key[0], value[0])), strict=True)
+    rows = [_attend_span(module, manner, span, new, scoring) for span, *new in parts]
+    output = (rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)).transpose(0, 1)
+    return (latent.out_of_latents(module, output) if manner.is_latent else output)[None], None
+
+
+def _manner(module: torch.nn.Module) -> _Manner:
+    known = module.__dict__.get(_MANNER)
+    if not isinstance(known, _Manner):
+        known = _Manner(
+            latent.is_latent(module),
+            shared.shares(module),
+            shared.offers(module),
+            chunked.chunk_of(module),
+            chunked.is_tuned(module),
+        )
+        setattr(module, _MANNER, known)
+    return known
+
+
+def _attend_span(
+    module: torch.nn.Module, manner: _Manner, span: Span, new: Sequence[torch.Tensor], scoring: Scoring
+) -> torch.Tensor:
+    """The new tokens of one sequence, queries, keys and values of [heads or kv heads, new, size]; like the queries."""
+    query, key, value = new
+    if manner.shares:
+        keys, values, first = shared.borrow(module, span.offered)
+    else:
+        keys, values, first = span.cache.write(int(module.layer_idx), span.start, key, value)
+        if manner.offers:
             shared.offer(module, (keys, values, first), span.offered)
-        queries = chunked.tuned(module, query[0, :, span.begin : span.end], span.start)
-        values = keys if is_latent else values
-        if chunk is None:
-            rows = _attend_sequence(queries, keys, values, span.start - first, scoring)
-        else:
-            rows = _attend_chunks(queries, keys, values, (first, span.start), chunk, scoring)
-        output[span.begin : span.end] = rows.transpose(0, 1)
-    return (latent.out_of_latents(module, output) if is_latent else output)[None], None
+    if manner.is_tuned:
+        query = chunked.tuned(module, query, span.start)
+    values = keys if manner.is_latent else values
+    if manner.chunk is None:
+        return _attend_sequence(query, keys, values, span.start - first, scoring)
+    return _attend_chunks(query, keys, values, (first, span.start), manner.chunk, scoring)
 
 
 def _attend_chunks(
@@ -155,12 +191,13 @@ def _attend_fused(
     heads, count, size = query.shape
     kv_heads, end, _ = keys.shape
     window, oldest = scoring.window, _oldest(start, scoring.window)
-    keys, values = keys[:, oldest:], values[:, oldest:]
+    if oldest > 0:
+        keys, values = keys[:, oldest:], values[:, oldest:]
     group = heads // kv_heads
     if count == 1:
         # The heads that share keys become rows of one query, so each key is read once and never repeated.
         grouped = query.reshape(1, kv_heads, group, size)
-        output = scaled_dot_product_attention(grouped, keys[None], values[None], scale=scoring.scaling)
+        output = scaled_dot_product_attention(grouped, keys.unsqueeze(0), values.unsqueeze(0), scale=scoring.scaling)
         return output.reshape(heads, 1, -1)
     whole = start == 0 and (window is None or count <= window)
     result = scaled_dot_product_attention(
@@ -226,7 +263,7 @@ def _refuse_other_window(batch: Batch, layer: int, window: int | None) -> None:
 
 def refuse_unknown(module: torch.nn.Module, mask: object, dropout: float, others: dict[str, object]) -> None:
     """Raise ModelError when a layer asks for more than its kind is known to need."""
-    unknown = {name: value for name, value in others.items() if name not in _IGNORED and value is not None}
+    unknown = {name: others[name] for name in others.keys() - _IGNORED if others[name] is not None}
     if mask is not None:
         unknown["attention_mask"] = mask
     if dropout:

@@ -35,12 +35,14 @@ def chunk_of(module: torch.nn.Module) -> int | None:
     return getattr(module, _CHUNK, None)
 
 
+def is_tuned(module: torch.nn.Module) -> bool:
+    """Whether its queries grow with their positions."""
+    return hasattr(module, _TUNING)
+
+
 def tuned(module: torch.nn.Module, query: torch.Tensor, start: int) -> torch.Tensor:
     """Queries [heads, tokens, size] at positions from `start`, as long as their positions make them."""
-    tuning = getattr(module, _TUNING, None)
-    if tuning is None:
-        return query
-    floor, scale = tuning
+    floor, scale = getattr(module, _TUNING)
     positions = torch.arange(start, start + query.shape[1], device=query.device, dtype=torch.float32)
     lengths = torch.log1p(torch.floor((positions + 1.0) / floor)) * scale + 1.0
     return (query * lengths[:, None]).to(query.dtype)

@@ -36,10 +36,10 @@ class LayerKv:
         end = start + keys.shape[1]
         if end - self._first > self._capacity:
             self._move(start, end)
-        here = slice(start - self._first, end - self._first)
-        self._keys[:, here] = keys
-        self._values[:, here] = values
-        return self._keys[:, : here.stop], self._values[:, : here.stop], self._first
+        begin, stop = start - self._first, end - self._first
+        self._keys.narrow(1, begin, stop - begin).copy_(keys)
+        self._values.narrow(1, begin, stop - begin).copy_(values)
+        return self._keys.narrow(1, 0, stop), self._values.narrow(1, 0, stop), self._first
 
     def settle(self, length: int) -> None:
         """The step has succeeded: give back what only a long one needed."""

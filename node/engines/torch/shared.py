@@ -21,10 +21,14 @@ def shares(module: torch.nn.Module) -> bool:
     return bool(getattr(module, "is_kv_shared_layer", False))
 
 
+def offers(module: torch.nn.Module) -> bool:
+    """Whether later layers attend to the attention module's keys."""
+    return bool(getattr(module, "store_full_length_kv", False))
+
+
 def offer(module: torch.nn.Module, cached: Cached, offered: dict[str, Cached]) -> None:
     """Let later layers of the module's kind have what it attends to."""
-    if getattr(module, "store_full_length_kv", False):
-        offered[str(module.layer_type)] = cached
+    offered[str(module.layer_type)] = cached
 
 
 def borrow(module: torch.nn.Module, offered: dict[str, Cached]) -> Cached:
@@ -36,7 +40,7 @@ def refuse_parted(modules: Iterable[torch.nn.Module]) -> None:
     """Raise ModelError when one of a slice's modules attends to the keys of a layer that is not in the slice."""
     offering = set()
     for module in modules:
-        if getattr(module, "store_full_length_kv", False):
+        if offers(module):
             offering.add(module.layer_type)
         if shares(module) and module.layer_type not in offering:
             raise ModelError(
