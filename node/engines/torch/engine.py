@@ -23,6 +23,7 @@ from node.engine import Capacity, Logits, Progress, StageSpec
 from node.engines.torch.attention import Batch, Span
 from node.engines.torch.kernels import keep_few_kernels
 from node.engines.torch.kv import KvCache
+from node.engines.torch.shortcuts import take_shortcuts
 from node.engines.torch.slicing import Passing, SlicedModel, build_slice
 from node.engines.torch.tensors import TORCH_DTYPES, check_inputs, device_from, from_host, to_host
 from node.engines.torch.weights import load_weights
@@ -70,6 +71,7 @@ class TorchEngine:
             raise ModelError(f"the plan's boundary is {found}; config.json says {expected}")
         tensors = owned_tensors(checkpoint, spec.layers, spec.layer_count)
         weight_bytes = load_weights(sliced, checkpoint, spec, tensors, device, progress)
+        take_shortcuts(sliced.model)
         cache = KvCache(sliced.windows, spec.kv_tokens, spec.context_tokens, sliced.rewind)
         stage = _Loaded(spec, sliced, cache, device, weight_bytes)
         _rehearse(stage)
