@@ -20,6 +20,7 @@ from coordinator.api.app import create_app
 from coordinator.builtin import demo_model_path
 from coordinator.generation import ServedModel
 from coordinator.http import listen, serve_http
+from coordinator.narrowing import Narrowing, WireBits
 from coordinator.pipeline import Pipeline
 from coordinator.service import InferenceService
 from coordinator.serving import Serving
@@ -34,7 +35,8 @@ async def _main(first_port: int, last_port: int, stages: int, in_flight: int) ->
     text = load_text_model(demo_model_path())
     service.set_model(ServedModel("bench", frozenset(), int(time.time()), VOCABULARY, None, text))
     first, last = f"127.0.0.1:{first_port}", f"127.0.0.1:{last_port}"
-    pipeline = await Pipeline.connect(Credentials(), FENCE, first, last, stages - 1)
+    narrowing = Narrowing(WireBits.AS_COMPUTED, (), stages)
+    pipeline = await Pipeline.connect(Credentials(), FENCE, first, last, stages - 1, narrowing)
     serving = Serving(pipeline, Room(in_flight, 256 * _CONTEXT_TOKENS, _CONTEXT_TOKENS))
     running = asyncio.create_task(serving.run())
     service.begin(serving)

@@ -30,8 +30,8 @@ _MTU = 9000
 """Larger than Ethernet's default, so that one process can carry a gigabit."""
 _CONGESTION = "/proc/sys/net/ipv4/tcp_congestion_control"
 """Of a namespace, which takes over what this machine was told. Linux and macOS use CUBIC unless told otherwise, which
-not every kernel lets a namespace have; Reno waits for losses too. BBR takes late frames for a slow link: 64 MiB over WIFI
-took a bare socket 6 to 14 s with it, and 2.4 to 5.6 s with CUBIC."""
+not every kernel lets a namespace have; Reno waits for losses too. BBR takes late frames for a slow link: 64 MiB over
+WIFI took a bare socket 6 to 14 s with it, and 2.4 to 5.6 s with CUBIC."""
 _TUNSETIFF, _TAP_WITHOUT_HEADER = 0x400454CA, 0x0002 | 0x1000
 
 
