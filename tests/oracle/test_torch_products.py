@@ -228,6 +228,15 @@ def test_planes_in_pieces_are_taken_apart_some_rows_at_a_time(bits: int, monkeyp
     assert sizes == [64, 128, 192]
 
 
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_inputs_may_be_a_part_of_others_or_none(bits: int) -> None:
+    planes, wide = kernel(affine(bits, 64, mx.bfloat16)[0]), in_torch(random(3, 2 * COLUMNS, seed=1)).bfloat16()
+    assert planes is not None
+    part = wide[:, COLUMNS:]
+    assert torch.equal(planes.product(part), planes.product(part.clone()))
+    assert planes.product(part[None, :0]).shape == (1, 0, ROWS)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_groups_whose_scale_is_zero_are_their_bias(bits: int) -> None:
     matrix, _ = affine(bits, 64, mx.bfloat16)

@@ -84,7 +84,7 @@ class Planes:
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """bfloat16 [..., rows] of bfloat16 [..., columns]."""
-        flat, planes = x.reshape(-1, self.columns), PLANES[self.bits]
+        flat, planes = x.reshape(-1, self.columns).contiguous(), PLANES[self.bits]
         order = int4.order_of_codes()
         if flat.shape[0] > _KERNEL_ROWS[len(planes)] and order is not None and self.rows % (2 * order.stride) == 0:
             product = self._product_with_unpacked(flat, order)
