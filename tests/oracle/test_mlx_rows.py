@@ -17,7 +17,8 @@ from cluster.models.checkpoint import StoredTensor
 from cluster.models.safetensors_header import read_header
 from node.engines.mlx import rows
 from node.engines.mlx.quantising import Packed
-from node.engines.mlx.rows import AsStored, Form, RowReader, Source
+from node.engines.mlx.rows import RowReader
+from node.engines.mlx.sources import AsStored, Form, Source
 
 Arrays = dict[str, mx.array]
 
@@ -75,6 +76,25 @@ def test_rows_go_where_the_library_puts_them(
     for name, array in wanted.items():
         assert name in by_rows
         assert (placed[name].shape, placed[name].dtype) == (array.shape, array.dtype)
+        assert mx.array_equal(by_rows.read(name), array), name
+
+
+@pytest.mark.parametrize("at_once", [64 * 96, 1000, 1])
+def test_rows_become_columns_where_the_library_turns_them(
+    at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does with what expands latents: by heads, of which one part is turned and the other is not."""
+    monkeypatch.setattr(rows, "_NUMBERS_AT_ONCE", at_once)
+    arrays, stored = saved(tmp_path, mx.bfloat16)
+
+    def parts(given: Arrays) -> Arrays:
+        heads = given["alone.0.weight"].reshape(4, 24, -1)
+        return {"turned.weight": mx.contiguous(heads[:, :16].swapaxes(-1, -2)), "rest.weight": heads[:, 16:]}
+
+    by_rows = reader(tmp_path, stored, lambda name: AsStored(128, mx.bfloat16))
+    placed = by_rows.placed(parts(by_rows.marks()))
+    for name, array in parts(arrays).items():
+        assert placed[name].shape == array.shape
         assert mx.array_equal(by_rows.read(name), array), name
 
 

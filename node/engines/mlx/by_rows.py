@@ -2,12 +2,14 @@
 
 Those that are converted while they are read (packed for `--bits`, or unpacked from eight-bit floats), and experts,
 which mlx-lm copies into stacks or out of them. All others are read by MLX, each straight into the memory where it
-stays. Only matrices whose rows mlx-lm leaves whole can be read like this: the same as `--bits` packs.
+stays. Only matrices whose rows mlx-lm leaves whole can be read like this: the same as `--bits` packs, and what expands
+latents, which it takes apart by heads and turns. Experts of integers are `integers`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Final
 
 import mlx.core as mx
 
@@ -20,8 +22,10 @@ from cluster.models.quantising import inputs_last, is_packed_at_load, is_turned
 from cluster.types import DType
 from node.engines.mlx.eight_bits import unpacked, whole
 from node.engines.mlx.quantising import Packed
-from node.engines.mlx.rows import AsStored, Source
+from node.engines.mlx.sources import AsStored, Source
 from node.engines.mlx.tensors import MLX_DTYPES
+
+_EXPANDS_LATENTS: Final = "self_attn.kv_b_proj.weight"
 
 
 def split_off(
@@ -41,7 +45,7 @@ def split_off(
         if matrix.packing is Packing.FP8:
             parts = {role: tensors.pop(canonical_name(tensor.name)) for role, tensor in matrix.tensors.items()}
             form = unpacked(parts, matrix, stated.block if stated else None, dtype)
-            if leaves_rows_whole and len(shape) == 2:
+            if len(shape) == 2 and (leaves_rows_whole or within_layer(matrix.name) == _EXPANDS_LATENTS):
                 sources[name] = Source(matrix.values, form)
             else:
                 tensors[name] = whole(parts, form)

@@ -1,4 +1,4 @@
-"""Matrices of eight-bit floats (E4M3) as the numbers that they stand for: a `Form` of `rows`.
+"""Matrices of eight-bit floats (E4M3) as the numbers that they stand for: a `Form` of `sources`.
 
 MLX multiplies with no such matrix whose scales are not powers of two, so they are unpacked while they are read: scaled
 in float32 and rounded once to the type that the model computes in. Matrices that mlx-lm takes apart are unpacked
@@ -16,7 +16,7 @@ import mlx.core as mx
 from cluster.errors import ModelError
 from cluster.limits import UNPACKED_BYTES_MAX
 from cluster.models.matrices import Matrix, Role
-from node.engines.mlx.rows import Made
+from node.engines.mlx.sources import Made
 
 _PART_BYTES = UNPACKED_BYTES_MAX // 32
 """Of a matrix's numbers in float32, where it is unpacked lazily. MLX begins some parts before others are done:

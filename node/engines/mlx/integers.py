@@ -1,6 +1,7 @@
 """AWQ, GPTQ and compressed-tensors checkpoints on MLX: their matrices as mlx-lm's packed modules want them.
 
-Everything stays lazy until it is read. mlx-lm's own preparation of weights stacks experts and leaves other matrices
+Everything stays lazy until it is read; experts are read one after the other (`Computed`), so that no stack of them is
+there twice. mlx-lm's own preparation of weights stacks experts and leaves other matrices
 as they are; one that it takes apart is refused, because it would treat codes as numbers. Which bits mean what is
 `node.engines.mlx.repack`.
 """
@@ -23,16 +24,18 @@ from cluster.models.layout import canonical_name
 from cluster.models.matrices import Matrix, Role
 from node.engines.mlx.exact import ExactLinear, ExactSwitchLinear
 from node.engines.mlx.repack import Affine, Doubt, from_awq, from_gptq, from_pack_quantized
+from node.engines.mlx.sources import Computed, Made
 
 _EXPERT = re.compile(r"(?P<layer>.+)\.experts\.(?P<index>\d{1,6})\.(?P<matrix>\w+)\.(?P<part>\w+)")
 
 
 def in_affine_form(
     lazy: Mapping[str, mx.array], matrices: Iterable[Matrix], stated: Quantization, dtype: mx.Dtype
-) -> tuple[dict[str, mx.array], list[Doubt]]:
-    """The tensors of a checkpoint, with the parts of MLX's packed modules in the place of integers; and what has to be
-    confirmed once they are there."""
+) -> tuple[dict[str, mx.array], dict[str, Computed], list[Doubt]]:
+    """The tensors of a checkpoint, with the parts of MLX's packed modules in the place of integers; the experts among
+    these; and what has to be confirmed once they are there."""
     arrays: dict[str, mx.array] = {}
+    experts: dict[str, Computed] = {}
     doubts: list[Doubt] = []
     for matrix in matrices:
         parts = {role: lazy[canonical_name(tensor.name)] for role, tensor in matrix.tensors.items()}
@@ -42,11 +45,38 @@ def in_affine_form(
             continue
         affine = _affine(matrix, parts, stated, dtype)
         stem = name.removesuffix(".weight")
-        arrays |= {name: affine.words, f"{stem}.scales": affine.scales, f"{stem}.biases": affine.biases}
         if affine.inputs is not None:
             arrays[f"{stem}.inputs"] = affine.inputs
-        doubts += (Doubt(doubt.holds, f"{matrix.name}: {doubt.message}") for doubt in affine.doubts)
-    return arrays, doubts
+        if _EXPERT.fullmatch(name):
+            experts[name] = _computed(matrix, affine, stated, dtype)
+            continue
+        arrays |= {name: affine.words, f"{stem}.scales": affine.scales, f"{stem}.biases": affine.biases}
+        doubts += _doubts(matrix, affine)
+    return arrays, experts, doubts
+
+
+def _computed(matrix: Matrix, blueprint: Affine, stated: Quantization, dtype: mx.Dtype) -> Computed:
+    """The matrix, to be made anew of its tensors as `blueprint` is of lazy ones."""
+
+    def compute(parts: Mapping[Role, mx.array]) -> tuple[mx.array, ...]:
+        affine = _affine(matrix, parts, stated, dtype)
+        confirm(_doubts(matrix, affine))
+        return affine.words, affine.scales, affine.biases
+
+    made = tuple(
+        Made(ending, array.shape[-1], array.dtype)
+        for ending, array in (
+            ("weight", blueprint.words),
+            ("scales", blueprint.scales),
+            ("biases", blueprint.biases),
+        )
+    )
+    tensors = {role: tensor for role, tensor in matrix.tensors.items() if tensor in matrix.used}
+    return Computed(tensors, blueprint.words.shape[0], made, compute)
+
+
+def _doubts(matrix: Matrix, affine: Affine) -> list[Doubt]:
+    return [Doubt(doubt.holds, f"{matrix.name}: {doubt.message}") for doubt in affine.doubts]
 
 
 def _affine(matrix: Matrix, parts: Mapping[Role, mx.array], stated: Quantization, dtype: mx.Dtype) -> Affine:
@@ -73,8 +103,8 @@ def _affine(matrix: Matrix, parts: Mapping[Role, mx.array], stated: Quantization
 
 
 def with_experts_stacked(prepared: Mapping[str, mx.array], given: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """What mlx-lm `prepared` of the weights that it was `given`, with scales, biases and orders stacked as it stacks
-    the words of experts."""
+    """What mlx-lm `prepared` of the weights that it was `given`, with what else experts have, such as the order of
+    their columns, stacked as it stacks their words."""
     weights = dict(prepared)
     stacks: dict[str, dict[int, mx.array]] = defaultdict(dict)
     for name, array in given.items():

@@ -1,4 +1,4 @@
-"""Packing full-precision weights while they are read (`StageSpec.bits`): a `Form` of `rows`."""
+"""Packing full-precision weights while they are read (`StageSpec.bits`): a `Form` of `sources`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from cluster.models.quantising import GROUP
-from node.engines.mlx.rows import Made
+from node.engines.mlx.sources import Made
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 mlx-lm's models split, stack and rename tensors before they take them. Lazy as that is, a tensor is there whole while it
 is converted, and a stack of experts twice while it is made. So in the place of a matrix they get a column of marks, one
 for each row; what they make of the marks tells where each row goes. Owns that, and reading files; what rows become is
-a `Form`, and which matrices are read like this is `weights`.
+`sources`, and which matrices are read like this `by_rows`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 import mlx.core as mx
 import numpy as np
@@ -24,6 +24,7 @@ from cluster.models.checkpoint import StoredTensor
 from cluster.models.quantising import GROUP
 from cluster.quantities import MIB
 from cluster.types import DType
+from node.engines.mlx.sources import Computed, Made, Source
 from node.engines.mlx.tensors import MLX_DTYPES, Bits, as_bits, read_bits
 
 _NUMBERS_AT_ONCE: Final = MIB // 4
@@ -37,6 +38,9 @@ _STORED_BITS: Final[Mapping[DType, npt.DTypeLike]] = {
     DType.F16: np.uint16,
     DType.BF16: np.uint16,
     DType.F8_E4M3: np.uint8,
+    DType.U32: np.uint32,
+    DType.I32: np.int32,
+    DType.I64: np.int64,
 }
 """What can be read like this, as numpy sees it."""
 
@@ -44,81 +48,28 @@ _Marks = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
-    """One of the arrays that a matrix becomes."""
-
-    ending: str  # of the parameter's name
-    columns: int
-    dtype: mx.Dtype
-
-
-class Form(Protocol):
-    """What becomes of a matrix' rows."""
-
-    @property
-    def made(self) -> tuple[Made, ...]: ...
-
-    def convert(self, numbers: mx.array, first: int) -> tuple[mx.array, ...]:
-        """Rows as they are stored, from `first` on, as each of what is made of them. Some columns only, whole groups of
-        them, where inputs come first in the file."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class AsStored:
-    """The numbers stay what they are."""
-
-    columns: int
-    dtype: mx.Dtype
-
-    @property
-    def made(self) -> tuple[Made, ...]:
-        return (Made("weight", self.columns, self.dtype),)
-
-    def convert(self, numbers: mx.array, first: int) -> tuple[mx.array, ...]:
-        return (numbers,)
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A matrix in a file, or several in one tensor; [.., inputs, outputs] where it is turned."""
-
-    tensor: StoredTensor
-    form: Form
-    turned: bool = False
-
-    @property
-    def matrices(self) -> int:
-        return self.tensor.shape[0] if self.turned else 1
-
-    @property
-    def columns(self) -> int:
-        return self.tensor.shape[-2 if self.turned else -1]
-
-    @property
-    def rows(self) -> int:
-        """Of each matrix."""
-        return prod(self.tensor.shape) // self.columns // self.matrices
-
-
-@dataclass(frozen=True, slots=True)
 class _Block:
     """Rows of one matrix that follow each other in a parameter, in steps of `step`."""
 
-    source: Source
+    source: Source | Computed
     matrix: int
     first: int
     count: int
     step: int
 
+    @property
+    def taken(self) -> slice:
+        return slice(self.first, self.first + (self.count - 1) * self.step + 1, self.step)
+
 
 class RowReader:
     """Reads `sources`, which are called as mlx-lm's models are given them."""
 
-    def __init__(self, folder: Path, sources: Mapping[str, Source]) -> None:
+    def __init__(self, folder: Path, sources: Mapping[str, Source | Computed]) -> None:
         self._folder, self._sources = folder, sources
         self._matrices = [(source, index) for source in sources.values() for index in range(source.matrices)]
-        self._blocks: dict[str, tuple[tuple[int, ...], list[_Block]]] = {}  # a matrix' [.., rows], and where they are
+        # A matrix' [.., rows], whether it is turned, and where its rows are.
+        self._blocks: dict[str, tuple[tuple[int, ...], bool, list[_Block]]] = {}
         self._matrix_of: dict[str, str] = {}  # of each parameter that is made of it
         self._done: dict[str, mx.array] = {}
         self._buffer = np.empty(0, np.uint8)
@@ -128,31 +79,31 @@ class RowReader:
         marks, number = {}, 0
         with mx.stream(mx.cpu):
             for name, source in self._sources.items():
-                shape = source.tensor.shape
-                column = (shape[0], 1, shape[2]) if source.turned else (*shape[:-1], 1)
                 of_matrices = [
                     mx.arange(at << _ROW_BITS, (at << _ROW_BITS) + source.rows, dtype=mx.uint64)
                     for at in range(number, number + source.matrices)
                 ]
-                marks[name] = (mx.stack(of_matrices) if source.turned else of_matrices[0]).reshape(column)
+                marks[name] = mx.concatenate(of_matrices).reshape(source.mark_shape)
                 number += source.matrices
         return marks
 
     def placed(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """`weights`, which are taken, with what will be read in the place of marks: zeros that nobody computes. No
-        other tensor is of their type."""
+        other tensor is of their type. Marks that lie in a row, [.., 1, rows], are those of a turned matrix."""
         result: dict[str, mx.array] = {}
         for name in list(weights):
             array = weights.pop(name)
             if array.dtype != mx.uint64:
                 result[name] = array
                 continue
-            rows = array.shape[:-1]
-            blocks = list(self._blocks_of(name, np.array(array, dtype=np.int64).reshape(-1)))
-            self._blocks[name] = rows, blocks
-            for made in blocks[0].source.form.made:
+            lies = array.shape[-1] > 1
+            rows = (*array.shape[:-2], array.shape[-1]) if lies else array.shape[:-1]
+            marks = np.array(array, dtype=np.int64).reshape(-1)
+            blocks = list(self._blocks_of(name, marks, rows[-1] if lies else len(marks)))
+            self._blocks[name] = rows, lies, blocks
+            for made in blocks[0].source.made:
                 parameter = f"{name.removesuffix('weight')}{made.ending}"
-                result[parameter] = mx.zeros((*rows, made.columns), made.dtype)
+                result[parameter] = mx.zeros(_shape(rows, lies, made), made.dtype)
                 self._matrix_of[parameter] = name
         return result
 
@@ -165,16 +116,16 @@ class RowReader:
             self._read(self._matrix_of[parameter])
         return self._done.pop(parameter)
 
-    def _blocks_of(self, name: str, marks: _Marks) -> Iterator[_Block]:
-        """Cut where another matrix begins, or where rows stop to follow at the same distance."""
+    def _blocks_of(self, name: str, marks: _Marks, together: int) -> Iterator[_Block]:
+        """Cut where another matrix begins, after every `together` rows, or where rows stop to follow at the same
+        distance."""
         numbers, rows = marks >> _ROW_BITS, marks & ((1 << _ROW_BITS) - 1)
         steps = np.diff(rows)
-        begin, form = 0, None
-        ends = [*(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(marks)]
-        for end in ends:
+        begin, made = 0, self._matrices[int(numbers[0])][0].made
+        other_matrix = (np.flatnonzero(np.diff(numbers)) + 1).tolist()
+        for end in sorted({*other_matrix, *range(together, len(marks), together), len(marks)}):
             source, matrix = self._matrices[int(numbers[begin])]
-            form = form or source.form
-            if source.form.made != form.made:
+            if source.made != made:
                 raise ModelError(f"{name} is made of tensors of several types; the MLX engine does not read this model")
             while begin < end:
                 step = int(steps[begin]) if begin + 1 < end else 1
@@ -184,24 +135,41 @@ class RowReader:
                 begin += count
 
     def _read(self, name: str) -> None:
-        shape, blocks = self._blocks.pop(name)
-        made = blocks[0].source.form.made
+        rows, lies, blocks = self._blocks.pop(name)
+        made = blocks[0].source.made
         with mx.stream(mx.cpu):
-            arrays = [mx.zeros((*shape, each.columns), _BITS_OF.get(each.dtype, each.dtype)) for each in made]
+            arrays = [mx.zeros(_shape(rows, lies, each), _BITS_OF.get(each.dtype, each.dtype)) for each in made]
             mx.eval(arrays)
-            # What numpy sees is MLX's own memory.
-            targets = [np.asarray(memoryview(array)).reshape(-1, array.shape[-1]) for array in arrays]  # type: ignore[arg-type]
+            # What numpy sees is MLX's own memory: [matrices, rows, columns].
+            targets = [_rows_of(np.asarray(memoryview(array)), lies) for array in arrays]  # type: ignore[arg-type]
             begin = 0
             for block in blocks:
-                region = [target[begin : begin + block.count] for target in targets]
-                (self._fill_turned if block.source.turned else self._fill)(block, region)
+                matrix, first = divmod(begin, targets[0].shape[1])
+                self._fill_block(block, [target[matrix, first : first + block.count] for target in targets])
                 begin += block.count
             for each, array in zip(made, arrays, strict=True):
                 parameter = f"{name.removesuffix('weight')}{each.ending}"
                 self._done[parameter] = array if array.dtype == each.dtype else array.view(each.dtype)
 
-    def _fill(self, block: _Block, targets: list[Bits]) -> None:
-        source, columns = block.source, block.source.columns
+    def _fill_block(self, block: _Block, targets: list[Bits]) -> None:
+        match block.source:
+            case Computed() as source:
+                self._copy(source, block, targets)
+            case Source() as source if source.turned:
+                self._fill_turned(source, block, targets)
+            case Source() as source:
+                self._fill(source, block, targets)
+
+    def _copy(self, source: Computed, block: _Block, targets: list[Bits]) -> None:
+        whole = {
+            role: self._numbers(tensor, 0, (1, prod(tensor.shape))).reshape(tensor.shape)
+            for role, tensor in source.tensors.items()
+        }
+        for target, array in zip(targets, source.compute(whole), strict=True):
+            target[:] = _bits(array)[block.taken]
+
+    def _fill(self, source: Source, block: _Block, targets: list[Bits]) -> None:
+        columns = source.columns
         at_once = max(1, _NUMBERS_AT_ONCE // columns) if block.step == 1 else 1
         for begin in range(0, block.count, at_once):
             count = min(at_once, block.count - begin)
@@ -210,15 +178,14 @@ class RowReader:
             for target, array in zip(targets, source.form.convert(numbers, first), strict=True):
                 target[begin : begin + count] = _bits(array)
 
-    def _fill_turned(self, block: _Block, targets: list[Bits]) -> None:
+    def _fill_turned(self, source: Source, block: _Block, targets: list[Bits]) -> None:
         """Some inputs of all rows at a time: rows lie across."""
-        source, columns, rows = block.source, block.source.columns, block.source.rows
-        taken = slice(block.first, block.first + (block.count - 1) * block.step + 1, block.step)
+        columns, rows = source.columns, source.rows
         at_once = GROUP * max(1, _NUMBERS_AT_ONCE // (rows * GROUP))
         for begin in range(0, columns, at_once):
             end = min(begin + at_once, columns)
             numbers = self._numbers(source.tensor, (block.matrix * columns + begin) * rows, (end - begin, rows))
-            for target, array in zip(targets, source.form.convert(numbers[:, taken].T, 0), strict=True):
+            for target, array in zip(targets, source.form.convert(numbers[:, block.taken].T, 0), strict=True):
                 width = target.shape[1]
                 target[:, begin * width // columns : end * width // columns] = _bits(array)
 
@@ -231,7 +198,18 @@ class RowReader:
         landing = self._buffer[:size]
         _read_exactly(self._folder, tensor, tensor.begin + skipped * tensor.dtype.size_bytes, landing.data)
         bits = mx.array(landing.view(kind).reshape(shape))
-        return bits if tensor.dtype is DType.F8_E4M3 else bits.view(MLX_DTYPES[tensor.dtype])
+        return bits.view(MLX_DTYPES[tensor.dtype]) if tensor.dtype in MLX_DTYPES else bits
+
+
+def _shape(rows: tuple[int, ...], lies: bool, made: Made) -> tuple[int, ...]:
+    return (*rows[:-1], made.columns, rows[-1]) if lies else (*rows, made.columns)
+
+
+def _rows_of(array: Bits, lies: bool) -> Bits:
+    """[matrices, rows, columns]: all rows as one matrix' where they do not lie across."""
+    if lies:
+        return array.reshape(-1, *array.shape[-2:]).swapaxes(1, 2)
+    return array.reshape(1, -1, array.shape[-1])
 
 
 _BITS_OF: Final = {mx.float16: mx.uint16, mx.bfloat16: mx.uint16}

@@ -34,6 +34,7 @@ from node.engines.mlx.integers import confirm, in_affine_form, make_exact, take_
 from node.engines.mlx.repack import Doubt
 from node.engines.mlx.rows import RowReader
 from node.engines.mlx.slicing import SlicedModel, build_model
+from node.engines.mlx.sources import Computed
 from node.engines.mlx.tensors import MLX_DTYPES
 
 _CODES = {DType.U32, DType.U8, DType.I32, DType.I64, DType.F8_E4M3}
@@ -65,16 +66,16 @@ def load_slice(
     stated = read_quantization(checkpoint.config, where)
     bits = bits_to_pack(spec.bits, stated, where)
     integers = stated if stated is not None and stated.kind in INTEGER_PACKINGS else None
-    lazy, doubts = _lazy_tensors(checkpoint.folder, owned), list[Doubt]()
+    lazy, experts, doubts = _lazy_tensors(checkpoint.folder, owned), dict[str, Computed](), list[Doubt]()
     matrices = read_matrices(owned, stated, where).values()
     packed_by_mlx = (matrix for matrix in matrices if matrix.packing in MLX_MODES)
     if unread := [matrix.name for matrix in packed_by_mlx if Backend.MLX not in matrix.readers]:
         raise ModelError(f"{where}: MLX does not compute {unread[0]!r} exactly as it is packed; use torch nodes")
     if integers is not None:
-        lazy, doubts = in_affine_form(lazy, matrices, integers, dtype)
+        lazy, experts, doubts = in_affine_form(lazy, matrices, integers, dtype)
     family, _ = family_of(checkpoint.config, where)
     lazy, sources = split_off(lazy, matrices, family, stated=stated, bits=bits, dtype=dtype)
-    rows = RowReader(checkpoint.folder, sources)
+    rows = RowReader(checkpoint.folder, {**sources, **experts})
     lazy = _in_order_of_mlx(lazy | rows.marks(), arguments.family)
     weights = _sanitised(model, lazy, _witness(checkpoint, arguments.family, lazy))
     if integers is not None:
