@@ -31,6 +31,9 @@ UNPACKED_BYTES_MAX: Final = 32 * MIB
 """Of a packed matrix at a time, with what it takes to unpack it, where an engine has no product for it: enough to keep
 a GPU busy. A stage's workspace counts it."""
 
+UNPACKED_ON_CPU_BYTES_MAX: Final = 6 * MIB
+"""The same on a processor: 4 MiB where rows are unpacked, up to 6 where codes are put in the order of a kernel."""
+
 STEP_ROWS_MAX: Final = 256
 """Rows in one step: more concurrent decoding sequences than LAN machines can serve."""
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from cluster.plan import Fence
-from cluster.types import Backend, Format, HostId, NodeId
+from cluster.types import CPU, Backend, Format, HostId, NodeId
 
 
 class Pressure(enum.StrEnum):
@@ -59,6 +59,11 @@ class NodeFacts:
     version: str  # potluck's version
     engine_version: str  # such as "torch 2.13.0, transformers 5.23.0"
     formats: frozenset[Format]  # how weights may be stored for its engine to read them
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether a processor computes, which takes other memory beside weights than a GPU."""
+        return self.device == CPU
 
 
 def told_apart(facts: NodeFacts, others: Iterable[NodeFacts]) -> NodeFacts:

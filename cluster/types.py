@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 from math import prod
-from typing import NewType
+from typing import Final, NewType
 
 NodeId = NewType("NodeId", str)  # fingerprint of the node's public key, lower-case hex
 HostId = NewType("HostId", str)  # one per machine: nodes with the same one share that machine's memory
@@ -59,6 +59,10 @@ class Backend(enum.StrEnum):
 
     TORCH = "torch"
     MLX = "mlx"
+
+
+CPU: Final = "cpu"
+"""The device of engines that compute on a processor."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -16,13 +16,13 @@ from cluster.quantities import MIB
 
 _M_MMAP_THRESHOLD: Final = -3  # <malloc.h>
 
-_MAPPED_FROM_BYTES: Final = 1 * MIB
+MAPPED_FROM_BYTES: Final = 1 * MIB
 """Blocks from this size on are mapped alone and unmapped when they are freed. A decode step of one row makes none."""
 
 
-def give_back_when_freed() -> None:
+def give_back_when_freed(from_bytes: int = MAPPED_FROM_BYTES) -> None:
     """Let large blocks go back to the system at once, from now on and in this whole process. Where the C library is
     not glibc, it does as it did."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _MAPPED_FROM_BYTES)
+        mallopt(_M_MMAP_THRESHOLD, from_bytes)

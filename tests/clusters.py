@@ -76,7 +76,7 @@ def model(
         hidden_size=1,
         vocab_size=1,
         context_tokens=context,
-        dtype=DType.F16,
+        dtype=DType.F32,
         tied=tied,
         quantization=None,
         backends=backends,
@@ -92,7 +92,7 @@ def model(
         attention_width=1,
         mlp_width=1,
         legal_cuts=frozenset(range(count)) if cuts is None else cuts,
-        boundary=(TensorSpec("hidden", (1,), DType.F16),),
+        boundary=(TensorSpec("hidden", (1,), DType.F32),),
         formats=formats,
     )
 

@@ -34,7 +34,7 @@ from cluster.models.quantising import check_bits
 from cluster.placement import stage_cost
 from cluster.quantities import format_bytes
 from cluster.state_dir import StateDir, default_state_path
-from cluster.types import Backend, ModelId
+from cluster.types import CPU, Backend, ModelId
 from coordinator.hub import ResolvedModel, resolve_model, work_on
 from coordinator.server import conversions_folder
 from node.comparison import Trace
@@ -238,7 +238,8 @@ def check_memory(subject: Subject, reference_bytes: int, reference: Device, toke
     facts = subject.facts
     needs = [(reference_bytes, reference, "the reference holds the whole model", "use a machine with more memory")]
     for part in subject.stages:
-        cost = stage_cost(facts, part.layers, part.device.backend, context=tokens, users=SEQUENCES)
+        on_cpu = part.device.device == CPU
+        cost = stage_cost(facts, part.layers, part.device.backend, context=tokens, users=SEQUENCES, on_cpu=on_cpu)
         needs.append(
             (cost.memory_bytes, part.device, f"stage {part.stage} holds layers {part.layers}", "more --stages")
         )

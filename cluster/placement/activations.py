@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Final
 
-from cluster.limits import STEP_ROWS_MAX, STEP_TOKENS_MAX, UNPACKED_BYTES_MAX
+from cluster.limits import STEP_ROWS_MAX, STEP_TOKENS_MAX, UNPACKED_BYTES_MAX, UNPACKED_ON_CPU_BYTES_MAX
 from cluster.models.facts import ModelFacts
+from cluster.quantities import MIB
 from cluster.types import Backend, DType
 
 _ATTENTION_QUERIES: Final = 512
@@ -28,9 +29,8 @@ class _Held:
     experts: int  # the same where experts compute a part of it
     routed: int  # times hidden states, once for each expert of a token: sorted to the experts, and back
     scores: int  # elements that may be written to memory in one piece
-    scores_bytes: int  # of each, where they are written in float32; with copies
+    scores_bytes: int  # of each, where they are written in float32; they are rounded to the model's own type besides
     scores_copies: int  # in the model's own type, where they are not
-    unpacked: int  # bytes of a packed matrix in full precision
     lingering: int  # times queries, keys and values, and the scores once, while a dense MLP computes
     widened: int  # times hidden states in 16 bits, whose norms are computed in float32
 
@@ -42,14 +42,13 @@ _HELD: Final = {
         experts=4,
         routed=4,
         scores=1 << 23,
-        scores_bytes=8,
+        scores_bytes=4,
         scores_copies=0,
-        unpacked=UNPACKED_BYTES_MAX,
         lingering=0,
         widened=0,
     ),
     # Functions are not fused on the CPU, and MLX allocates for what comes next while it still computes: what they leave
-    # on the way counts, a gate's sigmoid, for one. Products read packed matrices as they are.
+    # on the way counts, a gate's sigmoid, for one.
     Backend.MLX: _Held(
         attention=6,
         mlp=3,
@@ -58,7 +57,6 @@ _HELD: Final = {
         scores=1 << 23,
         scores_bytes=0,
         scores_copies=3,
-        unpacked=0,
         lingering=4,
         widened=7,
     ),
@@ -69,11 +67,16 @@ _HIDDEN: Final = 6
 what the library keeps for itself."""
 
 
-def activation_bytes(facts: ModelFacts, backend: Backend, is_last: bool, *, context: int, users: int) -> int:
+COMPILED_BYTES: Final = 4 * MIB
+"""What torch's libraries keep on a processor of products that they compiled for 16 bits, whatever the model."""
+
+
+def activation_bytes(
+    facts: ModelFacts, backend: Backend, is_last: bool, *, context: int, users: int, on_cpu: bool
+) -> int:
     """Bytes of the largest step: hidden states throughout, and the most of what attention, the MLP and the head need
     one after another. No step has more new tokens than the cache has room for. What else than hidden states crosses a
-    boundary counts eight times: 7.3 were measured where it is made, up to 5.2 behind that. And torch unpacks part of a
-    packed matrix."""
+    boundary counts eight times: 7.3 were measured where it is made, up to 5.2 behind that."""
     held, tokens = _HELD[backend], min(STEP_TOKENS_MAX, context * users)
     beside = sum(prod(tensor.shape) for tensor in facts.boundary[1:])
     made = tokens * facts.dtype.size_bytes  # for each element of a token
@@ -82,12 +85,20 @@ def activation_bytes(facts: ModelFacts, backend: Backend, is_last: bool, *, cont
     attention = (held.attention + min(1, facts.extra_copies)) * facts.attention_width * made + scores
     # Rows that draw have logits, and a copy of them on the way to the host.
     logits = 2 * 4 * min(STEP_ROWS_MAX, tokens) * facts.vocab_size if is_last else 0
-    unpacked = held.unpacked if facts.quantization else 0
     return (
-        unpacked
+        _product_bytes(facts, backend, on_cpu)
         + (hidden * facts.hidden_size + 8 * beside) * made
         + max(attention, _mlp(facts, held, made, scores), logits)
     )
+
+
+def _product_bytes(facts: ModelFacts, backend: Backend, on_cpu: bool) -> int:
+    """What products take beside what goes in and comes out: on torch a part of a packed matrix in full precision, and
+    products themselves. MLX multiplies with packed matrices as they are."""
+    if backend is Backend.MLX:
+        return 0
+    unpacked = (UNPACKED_ON_CPU_BYTES_MAX if on_cpu else UNPACKED_BYTES_MAX) if facts.quantization else 0
+    return unpacked + (COMPILED_BYTES if on_cpu and facts.dtype is not DType.F32 else 0)
 
 
 def _mlp(facts: ModelFacts, held: _Held, made: int, scores: int) -> int:
@@ -108,7 +119,8 @@ def _scores(facts: ModelFacts, backend: Backend, tokens: int, context: int, user
             queries = min(_ATTENTION_QUERIES, context)
             block = facts.scores_heads * queries * context
             piece = max(held.scores, facts.scores_heads * context)
-            return 4 * queries * context + held.scores_bytes * min(block, piece)
+            rounded = 0 if facts.dtype is DType.F32 else facts.dtype.size_bytes
+            return 4 * queries * context + (held.scores_bytes + rounded) * min(block, piece)
         case Backend.MLX:
             # Decode rows attend in one piece, each to its own past.
             whole = facts.heads * tokens * context

@@ -40,7 +40,7 @@ class Attempt:
     ) -> None:
         self._table, self._candidates, self._shared_budgets = table, pool.candidates, pool.shared_budgets
         self._fitting, self._kinds, self._bounds = fitting, kinds, bounds
-        self._memory = [table.memory(candidate.node.backend) for candidate in pool.candidates]
+        self._memory = [table.memory_on(candidate.node) for candidate in pool.candidates]
         self._unused_at_end = len(pool.candidates) - count
         self._limit = limit
         self._visits = 0

@@ -1,7 +1,7 @@
 """What a stage costs: memory and streamed bytes of any range of layers.
 
 Owns: the one formula for memory, once for a single stage and once as tables over all ranges, which the search
-reads. What a step needs beside weights and cache is `activations`. Knows nothing of nodes.
+reads. What a step needs beside weights and cache is `activations`. Knows nothing of nodes but what computes there.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from cluster.limits import SEQUENCES_MAX, SEQUENCES_PER_USER, STEP_TOKENS_MAX
 from cluster.models.facts import LayerFacts, ModelFacts
+from cluster.nodes import NodeFacts
 from cluster.placement.activations import activation_bytes
 from cluster.rewinding import SNAPSHOT_TOKENS, SNAPSHOTS_MAX
 from cluster.types import Backend, LayerRange
@@ -45,7 +46,9 @@ class StageCost:
         return self.weight_bytes + self.kv_bytes + self.workspace_bytes
 
 
-def stage_cost(facts: ModelFacts, layers: LayerRange, backend: Backend, *, context: int, users: int) -> StageCost:
+def stage_cost(
+    facts: ModelFacts, layers: LayerRange, backend: Backend, *, context: int, users: int, on_cpu: bool = True
+) -> StageCost:
     """What a stage with `layers` costs when it promises `context` tokens to each of `users` sequences."""
     is_first, is_last = layers.first == 0, layers.last == facts.layer_count
     owned = facts.layers[layers.first : layers.last]
@@ -55,7 +58,8 @@ def stage_cost(facts: ModelFacts, layers: LayerRange, backend: Backend, *, conte
     streamed_bytes += _last_streamed_bytes(facts) if is_last else 0
     streamed_bytes += _first_streamed_bytes(facts) if is_first else 0
     kv_bytes = sum(min(_kept_bytes(layer, context, users), _LARGEST) for layer in owned)
-    workspace_bytes = min(activation_bytes(facts, backend, is_last, context=context, users=users), _LARGEST)
+    workspace_bytes = activation_bytes(facts, backend, is_last, context=context, users=users, on_cpu=on_cpu)
+    workspace_bytes = min(workspace_bytes, _LARGEST)
     workspace_bytes += kv_bytes // KV_AHEAD
     workspace_bytes += sum(min(_made_bytes(layer, context, users), _LARGEST) for layer in owned)
     return StageCost(weight_bytes, kv_bytes, workspace_bytes, streamed_bytes)
@@ -120,7 +124,7 @@ class CostTable:
     def __init__(self, facts: ModelFacts, *, context: int, users: int) -> None:
         self.facts, self.context, self.users = facts, context, users
         self.cuts = (*sorted(facts.legal_cuts | {0}), facts.layer_count)
-        self._memory: dict[Backend, Matrix] = {}
+        self._memory: dict[tuple[Backend, bool], Matrix] = {}
 
     @property
     def groups(self) -> int:
@@ -130,19 +134,23 @@ class CostTable:
     @cached_property
     def stage_base_bytes(self) -> int:
         """What each stage needs at least, however few layers it has and whatever computes it."""
-        return min(self._base_bytes(backend, False) for backend in Backend)
+        return min(self._base_bytes(backend, on_cpu, False) for backend in Backend for on_cpu in (True, False))
 
-    def _base_bytes(self, backend: Backend, is_last: bool) -> int:
-        found = activation_bytes(self.facts, backend, is_last, context=self.context, users=self.users)
+    def _base_bytes(self, backend: Backend, on_cpu: bool, is_last: bool) -> int:
+        found = activation_bytes(self.facts, backend, is_last, context=self.context, users=self.users, on_cpu=on_cpu)
         return min(found, _LARGEST)
 
     def range_of(self, begin: int, end: int) -> LayerRange:
         """The layers between two cuts, given by their indexes."""
         return LayerRange(self.cuts[begin], self.cuts[end])
 
-    def memory(self, backend: Backend) -> Matrix:
+    def memory_on(self, node: NodeFacts) -> Matrix:
+        """Memory of every range on `node`."""
+        return self.memory(node.backend, node.on_cpu)
+
+    def memory(self, backend: Backend, on_cpu: bool = True) -> Matrix:
         """Memory of every range on `backend`."""
-        if backend not in self._memory:
+        if (backend, on_cpu) not in self._memory:
             weights = self._spans([layer.resident_bytes[backend] for layer in self.facts.layers])
             weights[0, :] += _ends_bytes(self.facts, True, False)
             weights[:, -1] += _ends_bytes(self.facts, False, True)
@@ -151,10 +159,10 @@ class CostTable:
             )
             kv = self._spans([_kept_bytes(layer, self.context, self.users) for layer in self.facts.layers])
             made = self._spans([_made_bytes(layer, self.context, self.users) for layer in self.facts.layers])
-            total = weights + kv + kv // KV_AHEAD + made + self._base_bytes(backend, False)
-            total[:, -1] += self._base_bytes(backend, True) - self._base_bytes(backend, False)
-            self._memory[backend] = self._ranges_only(total)
-        return self._memory[backend]
+            total = weights + kv + kv // KV_AHEAD + made + self._base_bytes(backend, on_cpu, False)
+            total[:, -1] += self._base_bytes(backend, on_cpu, True) - self._base_bytes(backend, on_cpu, False)
+            self._memory[backend, on_cpu] = self._ranges_only(total)
+        return self._memory[backend, on_cpu]
 
     @cached_property
     def streamed(self) -> Matrix:

@@ -85,7 +85,8 @@ def _counts(table: CostTable, pool: Pool, ask: Ask) -> range:
 def _plan(facts: ModelFacts, nodes: Sequence[NodeFacts], solution: Solution, pool: Pool, ask: Ask) -> Plan:
     stages = []
     for index, (candidate, layers) in enumerate(solution.stages):
-        cost = stage_cost(facts, layers, candidate.node.backend, context=solution.context, users=ask.users)
+        node = candidate.node
+        cost = stage_cost(facts, layers, node.backend, context=solution.context, users=ask.users, on_cpu=node.on_cpu)
         stages.append(
             Stage(
                 index=index,
@@ -135,4 +136,4 @@ def _left_out(
 
 def _smallest_stage(facts: ModelFacts, node: NodeFacts, context: int, users: int) -> int:
     table = CostTable(facts, context=context, users=users)
-    return int(table.memory(node.backend).min())
+    return int(table.memory_on(node).min())

@@ -28,9 +28,9 @@ class Candidate:
     shared: tuple[Area, ...]  # the areas around it whose nodes together could exceed them, the outermost first
 
     @property
-    def kind(self) -> tuple[Backend, int]:
+    def kind(self) -> tuple[Backend, bool, int]:
         """Candidates of one kind can hold the same stages."""
-        return self.node.backend, self.budget_bytes
+        return self.node.backend, self.node.on_cpu, self.budget_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from cluster.placement.ask import CONTEXT_STEP, Ask
 from cluster.placement.costs import CostTable
 from cluster.placement.pool import Pool, able_pool, pool_of, why_unable
 from cluster.quantities import GIB, KIB, MIB, format_bytes
-from cluster.types import Format, HostId, NodeId
+from cluster.types import CPU, Format, HostId, NodeId
 
 
 class Fits(Protocol):
@@ -70,7 +70,9 @@ def refuse_count(facts: ModelFacts, nodes: Sequence[NodeFacts], pool: Pool, ask:
 def find_shortage(facts: ModelFacts, pool: Pool, ask: Ask, context: int, *, fits: Fits) -> Shortage:
     """Measure the shortage by placing the model with one thing changed at a time."""
     table = CostTable(facts, context=context, users=ask.users)
-    alone = min(int(table.memory(backend)[0, -1]) for backend in facts.backends)
+    alone = max(
+        min(int(table.memory(backend, on_cpu)[0, -1]) for backend in facts.backends) for on_cpu in (True, False)
+    )
     needed = alone + (ask.stages_min - 1) * table.stage_base_bytes
 
     def with_more(node: NodeFacts, extra: int) -> bool:
@@ -210,7 +212,7 @@ def _machine(facts: ModelFacts, size: int) -> NodeFacts:
     """A machine that nobody has yet."""
     memory = MemoryReport(size, size, 0, size, Pressure.NORMAL, "imagined")
     backend = sorted(facts.backends)[0]
-    return NodeFacts(NodeId("?"), "another", "", HostId("?"), "", backend, "", memory, 0, "", "", facts.formats)
+    return NodeFacts(NodeId("?"), "another", "", HostId("?"), "", backend, CPU, memory, 0, "", "", facts.formats)
 
 
 def _least(most: int, does: Callable[[int], bool]) -> int | None:

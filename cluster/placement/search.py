@@ -65,8 +65,7 @@ class StageSearch:
 def _has_room(table: CostTable, pool: Pool, count: int) -> bool:
     """A quick no: the whole model is more than the largest `count` nodes hold."""
     room = sum(candidate.budget_bytes for candidate in pool.candidates[:count])
-    backends = {candidate.node.backend for candidate in pool.candidates}
-    whole = min(int(table.memory(backend)[0, -1]) for backend in backends)
+    whole = min(int(table.memory_on(candidate.node)[0, -1]) for candidate in pool.candidates)
     # Each stage rounds its cache's growth down by itself: at most a byte for each.
     return room + count >= whole + (count - 1) * table.stage_base_bytes
 
@@ -85,7 +84,7 @@ class _Search:
             if kind in self._kinds:
                 matrix = self._fitting[self._kinds.index(kind)]
             else:
-                matrix = np.where(table.memory(candidate.node.backend) <= candidate.budget_bytes, table.streamed, NEVER)
+                matrix = np.where(table.memory_on(candidate.node) <= candidate.budget_bytes, table.streamed, NEVER)
                 matrix[1:] = NEVER if is_leader else matrix[1:]
             self._fitting.append(matrix)
             self._kinds.append(kind)

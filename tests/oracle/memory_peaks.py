@@ -1,6 +1,6 @@
 """Runs stages in a process of its own and prints, for each, what memory they took beside what was predicted.
 
-Usage: memory_peaks.py BACKEND [CHECKPOINT FIRST LAST CONTEXT USERS]...
+Usage: memory_peaks.py BACKEND [CHECKPOINT FIRST LAST CONTEXT USERS BITS]... (BITS 0: as it is stored)
 Peaks are of resident memory, as the kernel counts it, above what was resident before the load; each phase begins anew.
 Pages of libraries that are touched for the first time meanwhile are no part of a stage, and are left out.
 """
@@ -62,6 +62,7 @@ class Run:
     layers: LayerRange
     context: int
     users: int
+    bits: int | None = None  # packed in them at load
 
 
 def steps(run: Run, facts: ModelFacts) -> Iterator[tuple[str, list[Row]]]:
@@ -101,7 +102,7 @@ def entering(facts: ModelFacts, run: Run, rows: Sequence[Row]) -> Boundary | Non
 
 
 def peaks(backend: Backend, run: Run) -> dict[str, int]:
-    facts = read_facts(open_checkpoint(run.folder))
+    facts = read_facts(open_checkpoint(run.folder), run.bits)
     cost = stage_cost(facts, run.layers, backend, context=run.context, users=run.users)
     spec = StageSpec(
         folder=run.folder,
@@ -112,6 +113,7 @@ def peaks(backend: Backend, run: Run) -> dict[str, int]:
         threads=1,
         kv_tokens=run.context * run.users,
         context_tokens=run.context,
+        bits=facts.bits,
     )
     settle()
     forget_peak()
@@ -154,8 +156,8 @@ def measured(backend: Backend, warm: Sequence[Path], runs: Sequence[Run]) -> lis
     return [json.loads(line) for line in done.stdout.splitlines()[len(first) :]]
 
 
-def _numbers(run: Run) -> tuple[int, int, int, int]:
-    return run.layers.first, run.layers.last, run.context, run.users
+def _numbers(run: Run) -> tuple[int, ...]:
+    return run.layers.first, run.layers.last, run.context, run.users, run.bits or 0
 
 
 def _layer_count(folder: Path) -> int:
@@ -164,9 +166,9 @@ def _layer_count(folder: Path) -> int:
 
 def main() -> None:
     backend, wanted = Backend(sys.argv[1]), sys.argv[2:]
-    for at in range(0, len(wanted), 5):
-        first, last, context, users = map(int, wanted[at + 1 : at + 5])
-        found = peaks(backend, Run(Path(wanted[at]), LayerRange(first, last), context, users))
+    for at in range(0, len(wanted), 6):
+        first, last, context, users, bits = map(int, wanted[at + 1 : at + 6])
+        found = peaks(backend, Run(Path(wanted[at]), LayerRange(first, last), context, users, bits or None))
         sys.stdout.write(json.dumps(found) + "\n")
         sys.stdout.flush()
 

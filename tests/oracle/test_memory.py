@@ -21,7 +21,7 @@ from cluster.types import Backend, LayerRange
 from node.engines.mlx import attention
 from node.engines.mlx.positions import Positions, UnownedCache
 from tests.checkpoints import make_checkpoint
-from tests.oracle.memory_edges import beyond, warm_ups
+from tests.oracle.memory_edges import beyond, taken, warm_ups
 from tests.oracle.memory_peaks import Run, measured
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -80,7 +80,7 @@ def test_the_peak_is_at_most_the_prediction_and_at_least_85_percent_of_it(
 def test_no_plan_at_the_edge_runs_out_of_memory(
     backend: Backend, count: int, warm: Callable[[Backend], list[Path]], tmp_path: Path
 ) -> None:
-    assert not beyond(backend, range(count), warm(backend), tmp_path)
+    assert not beyond(taken(backend, range(count), warm(backend), tmp_path))
 
 
 @pytest.mark.parametrize("mask", ["causal", "array", "rows"])

@@ -33,7 +33,8 @@ def in_use():
     gc.collect()
     mallinfo2 = ctypes.CDLL(None).mallinfo2
     mallinfo2.restype = Counts
-    return mallinfo2().uordblks
+    counts = mallinfo2()
+    return counts.uordblks + counts.hblkhd
 
 engine = TorchEngine()
 engine.load(stage_specs(Path(sys.argv[1]), ())[0], lambda progress: None)

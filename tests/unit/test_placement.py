@@ -7,12 +7,15 @@ from dataclasses import replace
 import pytest
 
 from cluster.errors import DoesNotFit, UsageError
+from cluster.limits import UNPACKED_BYTES_MAX, UNPACKED_ON_CPU_BYTES_MAX
 from cluster.models.facts import ModelFacts
-from cluster.models.formats import HALF_EXPERTS, Packing
+from cluster.models.formats import HALF_EXPERTS, Packing, Quantization
 from cluster.placement import Ask, place, stage_cost
+from cluster.placement.activations import COMPILED_BYTES
 from cluster.plan import Plan
-from cluster.types import Backend, Format, LayerRange, NodeId
-from tests.clusters import model, node
+from cluster.quantities import MIB
+from cluster.types import Backend, DType, Format, LayerRange, NodeId
+from tests.clusters import model, node, with_memory
 
 
 def needs(facts: ModelFacts, context: int, first: int, last: int) -> int:
@@ -25,6 +28,19 @@ ROOMY = 100_000
 
 def layer_counts(plan: Plan) -> list[int]:
     return [len(stage.layers) for stage in plan.stages]
+
+
+@pytest.mark.parametrize("dtype", [DType.F32, DType.BF16])
+def test_products_take_other_memory_on_a_processor_than_on_a_gpu(dtype: DType) -> None:
+    packed = replace(EQUAL, dtype=dtype, quantization=Quantization(Packing.AFFINE, 4, 64))
+    plain = stage_cost(replace(EQUAL, dtype=dtype), LayerRange(0, 6), Backend.TORCH, context=8, users=1, on_cpu=False)
+    compiled = 0 if dtype is DType.F32 else COMPILED_BYTES
+    for device, more in (("cpu", UNPACKED_ON_CPU_BYTES_MAX + compiled), ("cuda:0", UNPACKED_BYTES_MAX)):
+        one = replace(node("a", 64 * MIB), device=device)
+        (stage,) = place(packed, [one], Ask(8)).stages
+        assert stage.workspace_bytes == plain.workspace_bytes + more
+        with pytest.raises(DoesNotFit):
+            place(packed, [with_memory(one, budget_bytes=more, host_budget_bytes=more)], Ask(8))
 
 
 def test_one_node_is_enough_when_it_is_large_enough() -> None:

@@ -126,7 +126,7 @@ def test_offers_the_most_users_that_fit() -> None:
 
 
 def test_offers_fewer_bits_only_where_they_are_read() -> None:
-    big = model([GIB] * 8, kv=0)
+    big = replace(model([GIB] * 8, kv=0), dtype=DType.F16)
     plain = frozenset({Format(Packing.NONE), HALF_EXPERTS})
     assert "bits" not in refusal(big, [node("a", 6 * GIB, formats=plain)], Ask(8))
     message = refusal(big, [node("a", 6 * GIB, backend=Backend.MLX)], Ask(8))
@@ -150,9 +150,9 @@ def test_a_packed_model_is_not_offered_in_the_bits_that_it_has() -> None:
 
 
 def test_the_size_in_fewer_bits_counts_the_scales() -> None:
-    assert in_fewer_bits(model([16_000]), 4).layers[0].resident_bytes == dict.fromkeys(Backend, 4_500)
-    full = replace(model([32_000]), dtype=DType.F32)
-    assert in_fewer_bits(full, 8).layers[0].resident_bytes == dict.fromkeys(Backend, 8_500)
+    half = replace(model([16_000]), dtype=DType.F16)
+    assert in_fewer_bits(half, 4).layers[0].resident_bytes == dict.fromkeys(Backend, 4_500)
+    assert in_fewer_bits(model([32_000]), 8).layers[0].resident_bytes == dict.fromkeys(Backend, 8_500)
 
 
 def test_an_automatic_context_is_refused_below_the_least_that_is_useful() -> None:

@@ -21,7 +21,7 @@ from cluster.steps import Boundary, Row
 from cluster.types import Backend, SequenceId
 from node.engine import Capacity, Logits, Progress, StageSpec
 from node.engines.torch.attention import Batch, Span
-from node.engines.torch.kernels import keep_few_kernels
+from node.engines.torch.kernels import MAPPED_FROM_BYTES, keep_few_kernels
 from node.engines.torch.kv import KvCache
 from node.engines.torch.shortcuts import take_shortcuts
 from node.engines.torch.slicing import Passing, SlicedModel, build_slice
@@ -60,7 +60,7 @@ class TorchEngine:
         assert self._stage is None, "an engine is loaded once"
         device = device_from(spec.device)
         if device.type == "cpu":
-            give_back_when_freed()
+            give_back_when_freed(MAPPED_FROM_BYTES)
             keep_few_kernels()
         if spec.threads is not None:
             torch.set_num_threads(spec.threads)
