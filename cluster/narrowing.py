@@ -121,11 +121,11 @@ def _as_floats(block: npt.NDArray[np.generic], dtype: DType) -> npt.NDArray[np.g
 
 def _rounded_up(floats: _Floats) -> npt.NDArray[np.uint16]:
     """As BF16, never below: so no number is beyond the last level. A group of zeros has the smallest scale."""
-    bits = np.maximum(floats, np.finfo(np.float32).tiny).view(np.uint32)
+    bits = np.maximum(floats, np.finfo(np.float32).tiny).view(np.uint32) & _NO_SIGN  # NaN may have one
     return np.asarray(np.minimum(bits + 0xFFFF, _INFINITY) >> 16, dtype=np.uint16)
 
 
-_INFINITY = np.uint32(0x7F800000)
+_INFINITY, _NO_SIGN = np.uint32(0x7F800000), np.uint32(0x7FFFFFFF)
 
 
 def _store(floats: _Floats, dtype: DType, into: npt.NDArray[np.generic]) -> None:
