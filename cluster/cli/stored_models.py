@@ -46,9 +46,9 @@ def list_command(state: Path | None, as_json: bool) -> int:
         ]
         return answer({"models": [_document(model) for model in models], "converted": made})
     for conversion in conversions:
-        so_far = "" if conversion.is_whole else " so far"
+        how_far = "" if conversion.is_whole else " left to remove" if conversion.is_leftover else " so far"
         say(
-            f"{conversion.name}  {format_bytes(conversion.size_bytes)}{so_far}  converted  "
+            f"{conversion.name}  {format_bytes(conversion.size_bytes)}{how_far}  converted  "
             f"last used {_date(conversion.last_used_ns)}  in {conversion.folder}"
         )
     if not models:

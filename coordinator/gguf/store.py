@@ -53,6 +53,7 @@ class ConversionStore:
         """What `make` gives, and nobody removes it before this process ends."""
         while not self.shelf.use(folder := self.make(path, progress, cancelled)):
             pass  # somebody has just made room
+        self.shelf.sweep()
         return folder
 
     def make(self, path: Path, progress: CountProgress | None = None, cancelled: threading.Event | None = None) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from cluster.errors import ModelError
 from coordinator.gguf import shelf
+from coordinator.gguf.convert import MARGIN_BYTES
 from coordinator.gguf.shelf import ConversionShelf
 from coordinator.gguf.store import ConversionStore
 from tests.gguf_paper import paper_gguf, paper_tensors
@@ -76,12 +78,63 @@ def test_what_an_earlier_try_left_of_the_same_model_stays(tmp_path: Path) -> Non
     assert names(tmp_path) == ["new"]
 
 
+def leave_free(monkeypatch: pytest.MonkeyPatch, root: Path, free_bytes: int) -> None:
+    usage = shelf.shutil.disk_usage(root)._replace(free=free_bytes)
+    monkeypatch.setattr(shelf.shutil, "disk_usage", lambda path: usage)
+
+
 def test_a_full_disk_makes_room_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on(tmp_path, "old", 100)
-    usage = shelf.shutil.disk_usage(tmp_path)._replace(free=0)
-    monkeypatch.setattr(shelf.shutil, "disk_usage", lambda path: usage)
-    ConversionShelf(tmp_path).make_room(tmp_path / "new", 8 * KIB)
+    on(tmp_path, "new", 200)
+    leave_free(monkeypatch, tmp_path, MARGIN_BYTES + 4 * KIB)
+    ConversionShelf(tmp_path).make_room(tmp_path / "next", 8 * KIB)
+    assert names(tmp_path) == ["new"]
+
+
+def test_nothing_goes_for_a_model_that_does_not_fit_the_disk_anyway(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on(tmp_path, "old", 100)
+    leave_free(monkeypatch, tmp_path, MARGIN_BYTES + 3 * KIB)
+    with pytest.raises(ModelError, match=r"needs 8\.0 KiB .* would have 4\.0 KiB more .*--state on a larger disk"):
+        ConversionShelf(tmp_path).make_room(tmp_path / "new", 8 * KIB)
+    assert names(tmp_path) == ["old"]
+
+
+def test_nothing_goes_where_what_is_in_use_leaves_too_little_room(tmp_path: Path) -> None:
+    on(tmp_path, "idle", 100)
+    assert ConversionShelf(tmp_path).use(on(tmp_path, "served", 50))
+    with pytest.raises(ModelError, match=r"takes 8\.0 KiB, and 4\.0 KiB in .* are in use"):
+        ConversionShelf(tmp_path, 11 * KIB).make_room(tmp_path / "new", 8 * KIB)
+    assert names(tmp_path) == ["idle", "served"]
+
+
+def test_what_an_interrupted_removal_left_is_listed_and_goes_with_the_next_start(tmp_path: Path) -> None:
+    store, path = ConversionStore(tmp_path), paper_gguf(tmp_path / "paper.gguf")
+    store.make(path)
+    on(tmp_path, "old", 100, ending=".gone")
+    leftover = store.shelf.everything()[0]
+    assert (leftover.name, leftover.is_leftover, leftover.is_whole) == ("old", True, False)
+    assert leftover.size_bytes == 4 * KIB
+    store.use(path)
+    assert names(tmp_path) == ["paper"]
+
+
+def test_a_model_whose_last_removal_was_interrupted_can_be_removed(tmp_path: Path) -> None:
+    on(tmp_path, "old", 100, ending=".gone")
+    on(tmp_path, "old", 200)
+    whole, leftover = ConversionShelf(tmp_path).everything()
+    assert ConversionShelf(tmp_path).remove(whole)
     assert names(tmp_path) == []
+    assert ConversionShelf(tmp_path).remove(leftover), "it has gone already"
+
+
+def test_only_a_lock_that_another_holds_says_that_another_converts(tmp_path: Path) -> None:
+    wanted = ConversionShelf(tmp_path)
+    with wanted.alone(), pytest.raises(ModelError, match="another Potluck process"), ConversionShelf(tmp_path).alone():
+        pass
+    with pytest.raises(PermissionError, match="the model's file"), wanted.alone():
+        raise PermissionError(errno.EACCES, "the model's file")
 
 
 def test_a_model_beyond_the_limit_is_refused_and_nothing_goes_for_it(tmp_path: Path) -> None:
