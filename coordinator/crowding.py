@@ -1,16 +1,18 @@
 """Who makes room in a full queue. Pure: is shown one lane's waiting sequences by client, and who wants to wait too.
 
-A full queue belongs to all of its clients alike. A newcomer takes the place of the newest request of whoever holds
-most, as long as that client still holds as much as the newcomer afterwards; so nobody is displaced back and forth. A
-request that has begun keeps its place, also while it waits for room to go on.
+A full queue belongs to all addresses alike, and what an address holds to all of its clients alike: so nobody gets more
+of it by making up keys. A newcomer takes the place of the newest request of whoever holds most, of those that hold as much
+as the newcomer also afterwards; so nobody is displaced back and forth. A request that has begun keeps its place, also
+while it waits for room to go on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.limits import QUEUED_PROMPT_TOKENS_MAX, QUEUED_REQUESTS_MAX
+from coordinator.lanes import address_of
 from coordinator.sequence import SequenceAsk, SequenceState
 
 
@@ -38,21 +40,55 @@ def displaced(
 ) -> list[SequenceState] | None:
     """Who leaves so that these choices of one request may wait: nobody, mostly. None where they may not. An empty lane
     takes any one request."""
-    held = {client: list(states) for client, states in waiting.items()}
-    mine = [*_asks(held.pop(asks[0].client, ())), *asks]
+    held = {client: list(states) for client, states in waiting.items() if states}
     leaving: list[SequenceState] = []
-    while not limits.hold([*mine, *_asks(state for states in held.values() for state in states)]):
-        if len(mine) == len(asks) and not any(held.values()):
-            return leaving
-        newest = {client: request for client, states in held.items() if (request := _newest_request(states))}
-        if not newest:
+    while held and not limits.hold([*_asks(held, held), *asks]):
+        request = _next_to_leave(held, asks, limits)
+        if request is None:
             return None
-        most = max(newest, key=lambda client: limits.share(_asks(held[client])))
-        held[most] = [state for state in held[most] if state not in newest[most]]
-        if limits.share(_asks(held[most])) < limits.share(mine):
-            return None
-        leaving += newest[most]
+        leaving += request
+        held = _without(held, request)
     return leaving
+
+
+_Held = Mapping[str, Sequence[SequenceState]]
+"""What waits of each client that has something waiting."""
+
+
+def _next_to_leave(held: _Held, asks: Sequence[SequenceAsk], limits: QueueLimits) -> list[SequenceState] | None:
+    """The newest request of who holds most at the address that holds most, of those that hold enough without it; or
+    else of another client at the newcomer's own address."""
+    newest = {client: request for client, states in held.items() if (request := _newest_request(states))}
+    for mine, others in _sides(held, asks[0].client):
+        enough = limits.share([*_asks(held, mine), *asks])
+        able = [
+            (limits.share(_asks(held, party)), limits.share(_asks(held, [client])), client)
+            for party in others
+            for client in party
+            if client in newest and limits.share(_asks(_without(held, newest[client]), party)) >= enough
+        ]
+        if able:
+            return newest[max(able)[-1]]
+    return None
+
+
+def _sides(held: _Held, newcomer: str) -> Iterator[tuple[list[str], list[list[str]]]]:
+    """The newcomer's address and the other ones; then the newcomer and the other clients at its address."""
+    by_address: dict[str, list[str]] = {address_of(newcomer): []}
+    for client in held:
+        by_address.setdefault(address_of(client), []).append(client)
+    here = by_address.pop(address_of(newcomer))
+    yield here, list(by_address.values())
+    yield [client for client in here if client == newcomer], [[client] for client in here if client != newcomer]
+
+
+def _without(held: _Held, request: Sequence[SequenceState]) -> dict[str, list[SequenceState]]:
+    rest = {client: [state for state in states if state not in request] for client, states in held.items()}
+    return {client: states for client, states in rest.items() if states}
+
+
+def _asks(held: _Held, clients: Iterable[str]) -> list[SequenceAsk]:
+    return [state.ask for client in clients for state in held.get(client, ())]
 
 
 def prompt_tokens(asks: Iterable[SequenceAsk]) -> int:
@@ -60,14 +96,8 @@ def prompt_tokens(asks: Iterable[SequenceAsk]) -> int:
     return sum({id(ask.prompt): len(ask.prompt) for ask in asks}.values())
 
 
-def _asks(states: Iterable[SequenceState]) -> list[SequenceAsk]:
-    return [state.ask for state in states]
-
-
 def _newest_request(states: Sequence[SequenceState]) -> list[SequenceState]:
     """Its choices; nothing where one of them has had room already. They come into the caches in their order."""
-    if not states:
-        return []
     number = states[-1].request
     choices = [state for state in states if state.request == number]
     begun = choices[0].number != number or any(state.times.admitted_s is not None for state in choices)

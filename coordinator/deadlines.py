@@ -16,7 +16,8 @@ from cluster.limits import (
 
 
 class Limit(enum.StrEnum):
-    """What a sequence took too long for. Options, request fields and error codes are named after these."""
+    """What a sequence took too long for. Options, request fields and error codes are named after these; the total's
+    are called `--request-timeout`, `timeout` and `total_timeout`."""
 
     QUEUE = "queue"
     FIRST_TOKEN = "first_token"  # noqa: S105 - no password

@@ -11,8 +11,16 @@ import enum
 from collections.abc import Iterable
 from typing import Final
 
+ADDRESS_END: Final = " "
+"""Stands in a client's name between its address and the key that it sent, if it sent one."""
+
 CLIENTS_KEPT: Final = 1024
 """Clocks of clients. Of more, those least ahead are forgotten: they have the least to lose by waiting."""
+
+
+def address_of(client: str) -> str:
+    """Where a client is. Keys can be made up; an address is a machine, or a proxy before several."""
+    return client.partition(ADDRESS_END)[0]
 
 
 class Lane(enum.StrEnum):

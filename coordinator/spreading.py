@@ -52,7 +52,8 @@ class Spread:
         """How many may be in flight while so many answers run."""
         if not answers:
             most = PROMPT_STEPS_PER_STAGE_MAX * self._stages
-            return min(self._stages + math.ceil(self._prompt_away - GAIN_MIN * self._stages), most)
+            more = math.ceil(self._prompt_away - GAIN_MIN * self._stages)
+            return min(self._stages + max(0, more), most)
         if self._away_s < AWAY_S_MIN:
             return self._stages
         most = max(self._stages, min(answers, STEPS_PER_STAGE_MAX * self._stages))

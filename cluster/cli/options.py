@@ -44,7 +44,8 @@ FirstTokenTimeout = Annotated[
         "--first-token-timeout",
         metavar="SECONDS",
         min=0.1,
-        help="Longest time from then to the first token; clients shorten it with `first_token_timeout`. Batch: a day.",
+        help="Longest time from getting room to the first token; clients shorten it with `first_token_timeout`. "
+        "For batch: a day.",
     ),
 ]
 TokenTimeout = Annotated[

@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from coordinator.api.errors import Problem
+from coordinator.lanes import ADDRESS_END
 
 _PRIVATE_SUFFIXES: Final = (".local", ".lan", ".internal", ".home.arpa", ".localhost")
 """Names under these never come from the public DNS (mDNS, RFC 6762; home.arpa, RFC 8375; internal, ICANN)."""
@@ -63,7 +64,7 @@ def client_of(request: Request) -> str:
     """Who takes turns with whom: an address, and the key that it sent. Keys are not checked here, and many programs
     send the same made-up one, so a key alone would make one client of many machines."""
     address, key = request.client.host if request.client else "", key_of(request)
-    return f"{address} {key}" if key else address
+    return f"{address}{ADDRESS_END}{key}" if key else address
 
 
 def key_of(request: Request) -> str:

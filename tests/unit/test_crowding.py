@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from coordinator.admission import Room
 from coordinator.crowding import QueueLimits, displaced
 from coordinator.deadlines import Times
 from coordinator.events import Event, SequenceDisplaced
-from coordinator.lanes import Lane
+from coordinator.lanes import Lane, address_of
 from coordinator.prefix_cache import PrefixCache
 from coordinator.scheduler import Scheduler
 from coordinator.sequence import SequenceAsk, SequenceState
@@ -97,8 +98,33 @@ def test_a_request_that_has_begun_keeps_its_place() -> None:
     assert displaced({"many": [waiting(0, 0, NOW), waiting(1, 1)]}, new, limits) is not None
 
 
-SOMEBODY = st.tuples(st.sampled_from("abc"), st.integers(1, 40), st.integers(1, 3))
-"""A client, its request's prompt tokens, and choices."""
+def test_keys_that_one_address_makes_up_keep_no_other_address_out() -> None:
+    it = crowded("far 1", "far 2", "far 3", "far 4")
+    with pytest.raises(AtCapacity):
+        it.submit([ask(10, client="far 5")], NOW)
+    assert left(it.submit([ask(11, client="near")], NOW)) == [3]
+    assert left(it.submit([ask(12, client="near 1")], NOW)) == [2]
+    with pytest.raises(AtCapacity):
+        it.submit([ask(13, client="near 2")], NOW)
+
+
+def test_the_clients_of_one_address_share_what_it_holds() -> None:
+    it = crowded("proxy many", "proxy many", "proxy few", "other")
+    assert left(it.submit([ask(10, client="proxy new")], NOW)) == [1]
+
+
+def test_an_empty_lane_takes_one_request_however_large() -> None:
+    it = crowded(limits=QueueLimits(2, 600))
+    assert it.submit([ask(number, prompt=300) for number in range(3)], NOW) == []
+    with pytest.raises(AtCapacity):
+        it.submit([ask(10, client="new", prompt=1)], NOW)
+    assert it.waiting == 3
+
+
+CLIENTS = ("a 1", "a 2", "b", "c")
+
+SOMEBODY = st.tuples(st.sampled_from(CLIENTS), st.integers(1, 40), st.integers(1, 3))
+"""A client, its request's prompt tokens, and choices. No request is more than the queue below holds."""
 
 
 @given(st.lists(SOMEBODY, max_size=40))
@@ -106,29 +132,35 @@ def test_the_queue_stays_within_its_limits_and_nobody_is_kept_out_by_who_holds_m
     requests: list[tuple[str, int, int]],
 ) -> None:
     limits = QueueLimits(requests=8, prompt_tokens=150)
-    waiting: dict[str, list[SequenceState]] = {client: [] for client in "abc"}
+    waiting: dict[str, list[SequenceState]] = {client: [] for client in CLIENTS}
 
-    def held(client: str) -> list[SequenceAsk]:
-        return [state.ask for state in waiting[client]]
+    def held(address: str) -> list[SequenceState]:
+        return [state for client in CLIENTS if address_of(client) == address for state in waiting[client]]
+
+    def share(states: Sequence[SequenceState], *more: SequenceAsk) -> float:
+        return limits.share([*(state.ask for state in states), *more])
 
     for number, (client, prompt, choices) in enumerate(requests):
         one = ask(0, prompt=prompt, client=client)
         asks = [replace(one, seq=SequenceId(10 * number + choice)) for choice in range(choices)]
-        everybody = [*held("a"), *held("b"), *held("c")]
+        everybody = [state for states in waiting.values() for state in states]
+        mine = share(held(address_of(client)), *asks)
         leaving = displaced(waiting, asks, limits)
         if leaving is None:
-            assert not limits.hold([*everybody, *asks])
-            for other in set("abc") - {client}:
-                if waiting[other]:
-                    rest = [state.ask for state in waiting[other] if state.request != waiting[other][-1].request]
-                    enough = limits.hold([each for each in [*everybody, *asks] if each.client != other] + rest)
-                    assert not enough or limits.share(rest) < limits.share([*held(client), *asks])
+            assert not limits.hold([*(state.ask for state in everybody), *asks])
+            for other in set(CLIENTS) - {client}:
+                alone = len(waiting[other]) == len(held(address_of(other))) > 0
+                if alone and address_of(other) != address_of(client):
+                    request = [state for state in waiting[other] if state.request == waiting[other][-1].request]
+                    rest = [state for state in held(address_of(other)) if state not in request]
+                    enough = limits.hold([*(state.ask for state in everybody if state not in request), *asks])
+                    assert not enough or share(rest) < mine
             continue
-        mine = limits.share([*held(client), *asks])
-        for other in {state.ask.client for state in leaving}:
+        for other in CLIENTS:
             waiting[other] = [state for state in waiting[other] if state not in leaving]
-            assert limits.share(held(other)) >= mine
+        for address in {address_of(state.ask.client) for state in leaving} - {address_of(client)}:
+            assert share(held(address)) >= share(held(address_of(client)), *asks)
         waiting[client] += [
             SequenceState(each, 10 * number + choice, 10 * number, Times(NOW)) for choice, each in enumerate(asks)
         ]
-        assert limits.hold([*held("a"), *held("b"), *held("c")]) or len(waiting[client]) == choices
+        assert limits.hold([state.ask for states in waiting.values() for state in states])

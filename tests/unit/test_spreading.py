@@ -26,6 +26,7 @@ def taught(away_s: float, stages: int = 2) -> Spread:
 def test_there_is_a_step_for_each_stage_while_nothing_is_known() -> None:
     assert Spread(3, Pace(3)).steps(64) == 3
     assert Spread(3, Pace(3)).steps(0) == 3
+    assert [Spread(stages, Pace(stages)).steps(0) for stages in (19, 20, 64)] == [19, 20, 64]
 
 
 def test_hops_of_a_quick_network_part_nobody() -> None:
