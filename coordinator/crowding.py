@@ -1,9 +1,9 @@
 """Who makes room in a full queue. Pure: is shown one lane's waiting sequences by client, and who wants to wait too.
 
 A full queue belongs to all addresses alike, and what an address holds to all of its clients alike: so nobody gets more
-of it by making up keys. A newcomer takes the place of the newest request of whoever holds most, of those that hold as much
-as the newcomer also afterwards; so nobody is displaced back and forth. A request that has begun keeps its place, also
-while it waits for room to go on.
+of it by making up keys. A newcomer takes the place of the newest request of whoever holds most, of those that hold no
+less than the newcomer also afterwards; so nobody is displaced back and forth. A request that has begun keeps its place,
+also while it waits for room to go on.
 """
 
 from __future__ import annotations
