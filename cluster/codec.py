@@ -20,6 +20,7 @@ from cluster.errors import StaleFrame, WireError
 from cluster.fields import Fields
 from cluster.frames import Frame, Hello, Message, Outcome, StreamRole
 from cluster.limits import FRAME_HEADER_BYTES_MAX, FRAME_PAYLOAD_BYTES_MAX, PROTOCOL_VERSION
+from cluster.narrow_frames import narrow_tokens
 from cluster.narrowing import NARROWABLE, NarrowTensor, narrow_bytes
 from cluster.plan import Fence
 from cluster.steps import Honoured, StageMark, Step, StepFailed
@@ -27,6 +28,7 @@ from cluster.types import DeploymentId, DType, Epoch, HostTensor, TensorSpec
 
 _LENGTH = struct.Struct("<I")
 _PARTS_MAX = 1 << 16
+_TENSORS_MAX = 32  # of a boundary at most 16, with some rows in eight bits twice as many
 
 # One letter for each kind of message; the header's first two fields are always (version, kind).
 _HELLO, _FRAME, _PART, _OUTCOME = "h", "f", "p", "o"
@@ -57,7 +59,7 @@ def encode(message: Message) -> list[bytes]:
 
 def _encode_frame(frame: Frame) -> list[bytes]:
     step = frame.step
-    tensors = frame.narrow or frame.tensors
+    tensors: tuple[HostTensor | NarrowTensor, ...] = (*frame.tensors, *frame.narrow)
     pieces = list(_payload_pieces(tensors))
     parts = max(1, len(pieces))
     header: list[object] = [
@@ -72,7 +74,7 @@ def _encode_frame(frame: Frame) -> list[bytes]:
         rows_codec.honoured_out(frame.honoured),
         [[mark.stage, mark.receive_s, mark.queue_s, mark.compute_s] for mark in frame.marks],
         rows_codec.result_out(frame.failure) if frame.failure else None,
-        int(bool(frame.narrow)),
+        len(frame.narrow),
         list(frame.narrowing),
     ]
     messages = [_pack(header, *(pieces[0] if pieces else ()))]
@@ -122,7 +124,7 @@ class _Partial:
     marks: tuple[StageMark, ...]
     failure: StepFailed | None
     shapes: list[tuple[DType, tuple[int, ...]]]
-    is_narrow: bool
+    narrow_count: int  # the last of them travel in eight bits
     narrowing: tuple[int, ...]
     parts: int
     data: bytearray
@@ -133,10 +135,12 @@ class _Partial:
         wide: list[HostTensor] = []
         narrow: list[NarrowTensor] = []
         view = memoryview(self.data)
-        for dtype, shape in self.shapes:
-            size = _tensor_bytes(dtype, shape, self.is_narrow)
+        first_narrow = len(self.shapes) - self.narrow_count
+        for number, (dtype, shape) in enumerate(self.shapes):
+            is_narrow = number >= first_narrow
+            size = _tensor_bytes(dtype, shape, is_narrow)
             data, view = view[:size], view[size:]
-            if self.is_narrow:
+            if is_narrow:
                 narrow.append(NarrowTensor(dtype, shape, data))
             else:
                 wide.append(HostTensor(dtype, shape, data))
@@ -184,22 +188,23 @@ class Decoder:
         step_id = fields.integer(0, 1 << 62)
         parts = fields.integer(1, _PARTS_MAX)
         step = rows_codec.step_in(step_id, fields, self._expect.vocab_size)
-        declared = [_shape_in(item) for item in fields.items("tensors", 16)]
+        declared = [_shape_in(item) for item in fields.items("tensors", _TENSORS_MAX)]
         honoured = rows_codec.honoured_in(fields)
         marks = rows_codec.marks_in(fields)
         failure = fields.optional_sub("failure")
         failed = rows_codec.failure_in(failure) if failure is not None else None
-        is_narrow, narrowing = bool(fields.integer(0, 2)), rows_codec.narrowing_in(fields)
-        self._check_shapes(step, failed, declared)
-        if is_narrow and not all(dtype in NARROWABLE for dtype, _ in declared):
+        narrow_count, narrowing = fields.integer(0, _TENSORS_MAX), rows_codec.narrowing_in(fields)
+        self._check_shapes(step, failed, declared, narrow_count)
+        first_narrow = len(declared) - narrow_count
+        if not all(dtype in NARROWABLE for dtype, _ in declared[first_narrow:]):
             raise WireError(
                 f"step {step_id} announces {declared} in eight bits; only numbers with a fraction have such"
             )
-        total = sum(_tensor_bytes(dtype, shape, is_narrow) for dtype, shape in declared)
+        total = sum(_tensor_bytes(*tensor, number >= first_narrow) for number, tensor in enumerate(declared))
         if parts != max(1, -(-total // FRAME_PAYLOAD_BYTES_MAX)):
             raise WireError(f"{total} tensor bytes do not travel in {parts} parts")
         head = (fence, step, honoured, marks, failed, declared)
-        self._partial = _Partial(*head, is_narrow, narrowing, parts, bytearray(total))
+        self._partial = _Partial(*head, narrow_count, narrowing, parts, bytearray(total))
         return self._fill(payload)
 
     def _continue(self, fields: Fields, payload: memoryview) -> Frame | None:
@@ -226,14 +231,19 @@ class Decoder:
         return partial.frame()
 
     def _check_shapes(
-        self, step: Step, failure: StepFailed | None, declared: list[tuple[DType, tuple[int, ...]]]
+        self, step: Step, failure: StepFailed | None, declared: list[tuple[DType, tuple[int, ...]]], narrow_count: int
     ) -> None:
-        """A computed frame with rows carries exactly the plan's boundary; any other carries no tensors."""
-        tokens = step.token_count
-        specs = self._expect.boundary if tokens and failure is None else ()
-        expected = [(spec.dtype, (tokens, *spec.shape)) for spec in specs]
-        if declared != expected:
-            raise WireError(f"step {step.id} announces tensors {declared}; the plan says {expected}")
+        """A computed frame with rows carries exactly the plan's boundary, first of the tokens that travel as computed,
+        then of those in eight bits; any other frame carries no tensors."""
+        narrow = narrow_tokens(step) if narrow_count else 0
+        counts = [tokens for tokens in (step.token_count - narrow, narrow) if tokens]
+        specs = self._expect.boundary if failure is None else ()
+        expected = [(spec.dtype, (tokens, *spec.shape)) for tokens in counts for spec in specs]
+        if declared != expected or narrow_count != (len(specs) if narrow else 0):
+            raise WireError(
+                f"step {step.id} announces tensors {declared}, the last {narrow_count} of them in eight bits; the plan "
+                f"and its rows say {expected}"
+            )
 
 
 def _tensor_bytes(dtype: DType, shape: tuple[int, ...], is_narrow: bool) -> int:

@@ -33,7 +33,7 @@ class Frame:
     A stage that fails keeps forwarding the frame with `failure` set, so that the verbs reach every stage and
     the answer comes back on the one path that answers take.
 
-    On a link where the coordinator asks for it, `narrow` travels in the place of `tensors`.
+    On a link where the coordinator asks for it, prompts' rows travel in `narrow` and only the others in `tensors`.
     """
 
     fence: Fence

@@ -11,7 +11,7 @@ from cluster.quantities import KIB, MIB
 
 # -- Wire ------------------------------------------------------------------------------------------------
 
-PROTOCOL_VERSION: Final = 3
+PROTOCOL_VERSION: Final = 4
 """Raised whenever a frame or control message changes meaning; both sides must agree exactly."""
 
 FRAME_PAYLOAD_BYTES_MAX: Final = 1 * MIB

@@ -15,6 +15,7 @@ from cluster.errors import ClusterError, NodeLost, StepTimeout, WireError
 from cluster.frames import Frame, Hello, Outcome, StreamRole
 from cluster.handshake import greet, until_closed
 from cluster.limits import FIRST_STEP_TIMEOUT_S, STEP_TIMEOUT_S
+from cluster.narrow_frames import narrow_tokens
 from cluster.plan import Fence
 from cluster.steps import StageMark, Step, StepDone, StepOutcome
 from cluster.transport import ClientStream, Credentials, open_stream
@@ -55,6 +56,7 @@ class _Sent:
     cpu_s: float
     rows: int
     tokens: int
+    narrow_tokens: int  # of them, on the links of `narrowing`
     narrowing: tuple[int, ...]
 
 
@@ -102,7 +104,8 @@ class Pipeline:
     def send(self, step: Step) -> None:
         """Dispatch `step`; it leaves in the order of the calls."""
         narrowing = self.narrowing.choose(step)
-        self._sent[step.id] = _Sent(self._now(), time.thread_time(), len(step.rows), step.token_count, narrowing)
+        counts = len(step.rows), step.token_count, narrow_tokens(step)
+        self._sent[step.id] = _Sent(self._now(), time.thread_time(), *counts, narrowing)
         self._outbox.put_nowait(Frame(self.fence, step, narrowing=narrowing))
 
     async def run(self, on_outcome: Callable[[TimedOutcome], None]) -> None:
@@ -134,7 +137,7 @@ class Pipeline:
                 self._answered = True
                 worked_s = time.thread_time() - sent.cpu_s
                 timed = TimedOutcome(decoded.result, self._now() - sent.at_s, sent.rows, sent.tokens, worked_s)
-                self.narrowing.note(timed.marks, sent.tokens, sent.narrowing)
+                self.narrowing.note(timed.marks, sent.tokens, sent.narrow_tokens, sent.narrowing)
                 on_outcome(timed)
         raise NodeLost("the last stage hung up")
 

@@ -126,7 +126,10 @@ def _load(serving: Serving) -> dict[str, object]:
         "kv_tokens_reserved": reserved,
         "kv_tokens": serving.room.kv_tokens,
         "prefix_cache": _prefixes(serving.prefixes),
-        "links": [{"bytes_s": link.bytes_s, "narrow": link.is_narrow} for link in serving.links],
+        "links": [
+            {"bytes_s": link.bytes_s, "narrow": link.is_narrow, "narrow_tokens": link.narrow_tokens}
+            for link in serving.links
+        ],
         "tokens_drawn": serving.telemetry.tokens_drawn,
         "stages_busy_s": list(serving.telemetry.stages_busy_s),
         "token_time": None if times is None else _times(times),

@@ -12,14 +12,14 @@ import logging
 import time
 from collections.abc import Coroutine
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 from cluster.codec import Decoder, Expectation, encode
 from cluster.errors import ClusterError, NodeLost, PotluckError, WireError
 from cluster.frames import Frame, Hello, Outcome, StreamRole
 from cluster.handshake import greet, until_closed
-from cluster.narrowing import narrow, widen
+from cluster.narrow_frames import narrowed, widened
 from cluster.plan import Fence
 from cluster.transport import ByteStream, ClientStream, Credentials, open_stream
 from node.engine import Capacity
@@ -105,7 +105,7 @@ class StageFlow:
             if isinstance(decoded, Frame):
                 now = time.perf_counter()
                 if decoded.narrow:  # in a thread: megabytes would hold up the loop for milliseconds
-                    decoded = await asyncio.to_thread(_widened, decoded)
+                    decoded = await asyncio.to_thread(widened, decoded)
                 await self._room.acquire()
                 self._inbox.put(_Arrived(decoded, now - began, now))
             elif decoded is not None:
@@ -158,7 +158,7 @@ class StageFlow:
         while True:
             result = await self._outbox.get()
             if isinstance(result, Frame) and result.tensors and self.stage in result.narrowing:
-                result = await asyncio.to_thread(_narrowed, result)
+                result = await asyncio.to_thread(narrowed, result)
             for message in encode(result):
                 await stream.write(message)
             self._inbox.taken()
@@ -173,11 +173,3 @@ class StageFlow:
         if self._next is not None:
             await self._next.close()
         await asyncio.get_running_loop().run_in_executor(self._engine_thread, self._runner.close)
-
-
-def _narrowed(frame: Frame) -> Frame:
-    return replace(frame, tensors=(), narrow=tuple(map(narrow, frame.tensors)))
-
-
-def _widened(frame: Frame) -> Frame:
-    return replace(frame, tensors=tuple(map(widen, frame.narrow)), narrow=())

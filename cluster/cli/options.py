@@ -80,7 +80,7 @@ WireBits = Annotated[
         "--wire-bits",
         metavar="8|auto",
         help="Send prompts' activations between nodes in 8 bits, always or over links where it is measured to pay; "
-        "`verify --wire-bits 8` shows what it changes. [as computed]",
+        "those of answers always go as computed. `verify --wire-bits 8` shows what it changes. [as computed]",
     ),
 ]
 ExitWith = Annotated[int | None, typer.Option(hidden=True, help="End when this parent process ends.")]

@@ -93,7 +93,8 @@ ROWS = (
         frame(ROWS),
         frame(ROWS, honoured=(Honoured(seq(9), 4),), marks=(StageMark(0, 0.1, 0.2, 0.3),)),
         frame((), tensors=(), step=Step(StepId(0), (Fork(seq(1), seq(2), 3), Trim(seq(1), 0), Drop(seq(4))), ())),
-        frame(ROWS, tensors=(), narrow=(narrow(hidden(4)),)),
+        frame(ROWS, tensors=(hidden(1),), narrow=(narrow(hidden(3)),)),
+        frame(ROWS[:1], tensors=(), narrow=(narrow(hidden(3)),)),
         frame(ROWS, narrowing=(0, 2, 1023)),
         frame((), tensors=(), step=Step(StepId(0), (Move(seq(1), seq(2), 3),), ())),
         frame(ROWS, tensors=(), failure=StepFailed(StepId(3), 1, "no room", (seq(2),))),
@@ -155,7 +156,7 @@ def test_a_long_prefill_in_eight_bits_takes_half_of_the_messages() -> None:
 
 def test_what_has_no_fraction_does_not_travel_in_eight_bits() -> None:
     boundary = (TensorSpec("ids", (WIDTH,), DType.U8),)
-    sent = frame(ROWS, tensors=(), narrow=(NarrowTensor(DType.U8, (4, WIDTH), bytes(narrow_bytes((4, WIDTH)))),))
+    sent = frame(ROWS[:1], tensors=(), narrow=(NarrowTensor(DType.U8, (3, WIDTH), bytes(narrow_bytes((3, WIDTH)))),))
     with pytest.raises(WireError, match="eight bits"):
         decode(encode(sent), expectation(boundary))
 
@@ -168,9 +169,13 @@ def test_another_epochs_frame_is_stale() -> None:
 @pytest.mark.parametrize(
     ("broken", "says"),
     [
-        (frame(ROWS, tensors=(hidden(3),)), "the plan says"),
-        (frame(ROWS, tensors=(hidden(4, 5),)), "the plan says"),
-        (frame(ROWS, tensors=()), "the plan says"),
+        (frame(ROWS, tensors=(hidden(3),)), "the plan and its rows say"),
+        (frame(ROWS, tensors=(hidden(4, 5),)), "the plan and its rows say"),
+        (frame(ROWS, tensors=()), "the plan and its rows say"),
+        (frame(ROWS, tensors=(), narrow=(narrow(hidden(4)),)), "the plan and its rows say"),
+        (frame(ROWS, tensors=(hidden(3),), narrow=(narrow(hidden(1)),)), "the plan and its rows say"),
+        (frame(ROWS, tensors=(hidden(1), hidden(3))), "the plan and its rows say"),
+        (frame(ROWS[1:], tensors=(), narrow=(narrow(hidden(1)),)), "the plan and its rows say"),
         (frame((Row(seq(1), 0, (VOCABULARY,)),)), "vocabulary"),
         (frame((Row(seq(1), 0, (1,)), Row(seq(1), 1, (1,)))), "two rows"),
         (frame(tuple(Row(seq(n), 0, (1,)) for n in range(STEP_ROWS_MAX + 1))), "array of at most"),
@@ -198,7 +203,7 @@ def test_parts_out_of_order_are_refused() -> None:
 
 
 def test_a_part_of_the_wrong_length_is_refused() -> None:
-    narrowed = frame(ROWS, tensors=(), narrow=(narrow(hidden(4)),))
+    narrowed = frame(ROWS, tensors=(hidden(1),), narrow=(narrow(hidden(3)),))
     with pytest.raises(WireError, match="tensor bytes"):
         Decoder(expectation()).feed(encode(narrowed)[0][:-1])
     message = encode(frame(ROWS))[0]

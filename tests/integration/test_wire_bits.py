@@ -69,7 +69,7 @@ def _flow(engine: CountingEngine, index: int, thread: ThreadPoolExecutor) -> Sta
     )
 
 
-async def _crossing(*narrowing: int) -> tuple[bytes, int]:
+async def _crossing(*narrowing: int, lengths: Sequence[int] = (TOKENS,)) -> tuple[bytes, int]:
     """The activations with which the second of two stages computes, and the bytes that it received."""
     engines, streams = (Computed(False), Computed(True)), []
     with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as two:
@@ -85,7 +85,8 @@ async def _crossing(*narrowing: int) -> tuple[bytes, int]:
         port = Credentials().bind(server, "127.0.0.1:0")
         await server.start()
         await first.connect_next(Credentials(), f"127.0.0.1:{port}")
-        step = Step(StepId(1), (), (Row(SequenceId(1), 0, (7,) * TOKENS),))
+        rows = tuple(Row(SequenceId(n), 0, (7,) * length) for n, length in enumerate(lengths))
+        step = Step(StepId(1), (), rows)
         results = Waiting()
         delivering = asyncio.create_task(last.deliver(results))
         await first.receive(Waiting(Frame(FENCE, step, narrowing=narrowing)))
@@ -106,6 +107,11 @@ def test_a_stage_sends_in_eight_bits_where_the_frame_says_so() -> None:
     narrowed, fewer_bytes = asyncio.run(_crossing(0))
     assert narrowed == bytes(widen(narrow(HIDDEN)).data)
     assert fewer_bytes < 0.54 * all_bytes
+    beside_answers, bytes_beside = asyncio.run(_crossing(0, lengths=(1, 1, TOKENS - 2)))
+    token_bytes = 2 * WIDTH
+    assert beside_answers[: 2 * token_bytes] == bytes(HIDDEN.data)[: 2 * token_bytes], "two running answers"
+    assert beside_answers[2 * token_bytes :] == narrowed[2 * token_bytes :]
+    assert fewer_bytes < bytes_beside < fewer_bytes + 2 * token_bytes
     assert asyncio.run(_crossing(1, 2)) == (as_computed, pytest.approx(all_bytes, abs=50)), "other stages"
 
 
@@ -120,7 +126,8 @@ def test_both_engines_answer_alike_with_prompts_in_eight_bits(
     with pool.serving(served.folder, names, "--wire-bits", "8") as coordinator:
         prompt = random_prompt(200, 5)
         ids = coordinator.complete(prompt, max_tokens=16, temperature=0, ignore_eos=True)["token_ids"]
-        assert [link["narrow"] for link in coordinator.status()["load"]["links"]] == [True]
+        [link] = coordinator.status()["load"]["links"]
+        assert link["narrow"] and link["narrow_tokens"] >= 199, "the prompt, but for a chunk of one token"
     logits = served.whole.logits([*prompt, *ids])[len(prompt) - 1 : -1]
     behind = logits.max(axis=1) - logits[np.arange(len(ids)), ids]
     assert behind.max() <= NEAR * np.ptp(logits, axis=1).min()
