@@ -55,7 +55,7 @@ def _half(value: float) -> bytes:
     return struct.pack("<e", value)
 
 
-def _levels(values: Floats, scale: Floats | float, low: Floats | float, top: int) -> list[int]:
+def _levels(values: Floats, scale: npt.ArrayLike, low: npt.ArrayLike, top: int) -> list[int]:
     """The nearest whole numbers from 0 to `top` such that scale * number + low is the value. Scales may differ from
     row to row."""
     scales, lows = np.atleast_1d(scale)[:, None], np.atleast_1d(low)[:, None]

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -79,7 +80,7 @@ def stock_loads(folder: Path) -> Iterator[tuple[str, Load, int]]:
         cache = DynamicCache(config=model.config)
         model(input_ids=torch.arange(1000, 1100).repeat(rows, 1), past_key_values=cache)
         token = torch.full((rows, 1), 1000)
-        yield f"{rows} rows, stock", lambda token=token, cache=cache: model(input_ids=token, past_key_values=cache), 32
+        yield f"{rows} rows, stock", partial(model, input_ids=token, past_key_values=cache), 32
     prompt = torch.arange(2000, 2000 + PROMPT)[None]
     yield f"prefill {PROMPT}, stock", lambda: model(input_ids=prompt, logits_to_keep=1), 5
 

@@ -124,7 +124,7 @@ class Bystander:
     """Somebody who asks the same question again and again while a test does something else to the cluster."""
 
     def __init__(self, coordinator: Coordinator, prompt: Sequence[int], expected: Sequence[int]) -> None:
-        self._ask = lambda: coordinator.is_unharmed(prompt, expected)
+        self._ask: Callable[[], bool] = lambda: coordinator.is_unharmed(prompt, expected)
         self._over = threading.Event()
         self._thread = ThreadPoolExecutor(1)
 

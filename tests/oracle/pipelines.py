@@ -97,7 +97,8 @@ def run_prefill(
     for begin, end in bounds[:-1]:
         assert run_step(engines, [row(seq, start + begin, tokens[begin:end], draw=False)]).shape[0] == 0
     begin, end = bounds[-1]
-    return run_step(engines, [row(seq, start + begin, tokens[begin:end])])[0]
+    logits: Vector = run_step(engines, [row(seq, start + begin, tokens[begin:end])])[0]
+    return logits
 
 
 def greedy(
