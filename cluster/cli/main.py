@@ -72,7 +72,7 @@ def serve(
         int, typer.Option(min=0, max=65535, help="Port for `join --coordinator`; another is taken when it is in use.")
     ] = 7433,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
-    weights_max: opt.WeightsMax = None,
+    weights_max: opt.ServeWeightsMax = None,
     exit_with: opt.ExitWith = None,
     state: opt.State = None,
     as_json: opt.Json = False,
@@ -138,7 +138,7 @@ def join(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks one.")] = 0,
     coordinator: opt.Coordinators = None,
     no_mdns: Annotated[bool, typer.Option("--no-mdns", help="Do not advertise with mDNS.")] = False,
-    weights_max: opt.WeightsMax = None,
+    weights_max: opt.NodeWeightsMax = None,
     exit_with: opt.ExitWith = None,
     state: opt.State = None,
     as_json: opt.Json = False,

@@ -88,9 +88,23 @@ Reserve = Annotated[str | None, typer.Option(metavar="SHARE", help="Keep this sh
 Coordinators = Annotated[
     list[str] | None, typer.Option(metavar="HOST:PORT", help="Address of a coordinator that mDNS does not reach.")
 ]
-WeightsMax = Annotated[
+NodeWeightsMax = Annotated[
     str | None,
-    typer.Option(metavar="SIZE", help="Keep at most this much of models on disk, such as 200GiB. [80% of the disk]"),
+    typer.Option(
+        "--weights-max",
+        metavar="SIZE",
+        help="Keep at most this much of models on disk, such as 200GiB; of several devices each one's node. "
+        "[80% of the disk]",
+    ),
+]
+ServeWeightsMax = Annotated[
+    str | None,
+    typer.Option(
+        "--weights-max",
+        metavar="SIZE",
+        help="Keep at most this much of what this machine's node fetches, such as 200GiB, and as much again of what is "
+        "made of GGUF files; `verify` and `models pull` do not know it. [80% of the disk]",
+    ),
 ]
 Memory = Annotated[str | None, typer.Option(metavar="SIZE", help="Use at most this much, such as 8GiB.")]
 DEFAULT_URL = "http://127.0.0.1:8000"

@@ -114,7 +114,7 @@ class ConversionShelf:
         if size_bytes > limit_bytes:
             raise ModelError(
                 f"the converted model takes {format_bytes(size_bytes)}, but at most {format_bytes(limit_bytes)} may "
-                f"lie in {self.folder}. Start with a higher --weights-max, or with --state on a larger disk"
+                f"lie in {self.folder}. Use a higher `serve --weights-max`, or --state on a larger disk"
             )
         own = (target, target.with_name(f"{target.name}.part"))
         everything = self.everything()
@@ -137,7 +137,7 @@ class ConversionShelf:
                 raise ModelError(
                     f"the converted model takes {format_bytes(size_bytes)}, and {format_bytes(held_bytes)} in "
                     f"{self.folder} are in use; together they may take {format_bytes(limit_bytes)}. Stop who uses "
-                    "them, or start with a higher --weights-max"
+                    "them, or use a higher `serve --weights-max`"
                 )
             if going_bytes < missing_bytes:
                 raise ModelError(
