@@ -73,9 +73,8 @@ class Narrowing:
 
     def choose(self, step: Step) -> tuple[int, ...]:
         """The stages that send this step's prompts on in eight bits."""
-        if not narrow_tokens(step):
-            return ()
-        return tuple(link for link in range(len(self._rates)) if self._pays(link))
+        links = tuple(link for link in range(len(self._rates)) if self._pays(link))
+        return links if links and narrow_tokens(step) else ()
 
     def note(self, marks: Sequence[StageMark], tokens: int, narrow: int, narrowing: Sequence[int]) -> None:
         """A step of so many tokens has arrived everywhere; `narrow` of them these stages had sent on in eight bits."""

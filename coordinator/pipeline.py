@@ -104,7 +104,7 @@ class Pipeline:
     def send(self, step: Step) -> None:
         """Dispatch `step`; it leaves in the order of the calls."""
         narrowing = self.narrowing.choose(step)
-        counts = len(step.rows), step.token_count, narrow_tokens(step)
+        counts = len(step.rows), step.token_count, narrow_tokens(step) if narrowing else 0
         self._sent[step.id] = _Sent(self._now(), time.thread_time(), *counts, narrowing)
         self._outbox.put_nowait(Frame(self.fence, step, narrowing=narrowing))
 
