@@ -104,11 +104,15 @@ QUEUED_PROMPT_TOKENS_MAX: Final = 1 << 19
 """Prompt tokens waiting in a lane: 64 chats of 8,192 tokens. At 1,000 tokens a second they are nine minutes of prefill;
 a queue of long documents is full before it has 128 of them."""
 
-HISTORIES_MAX: Final = 256
-"""Chats whose drawn tokens the coordinator remembers for their next turn. Each is compared with every new chat."""
+HISTORY_TURNS_MAX: Final = 2048
+"""Turns whose drawn tokens the coordinator remembers for what follows: 100 chats of 20 turns."""
 
-HISTORY_CHARS_MAX: Final = 8 << 20
-"""Of all these chats together: 256 of some 8,000 tokens each; up to 40 MB."""
+HISTORY_BYTES_MAX: Final = 64 * MIB
+"""Of all their texts and tokens, each as what it adds to the turn before. English takes some 2 bytes a character, so
+2,048 turns of 2,000 tokens fit four times; emoji, drawn byte by byte, take up to 20."""
+
+HISTORY_SHARE: Final = 0.25
+"""Of both, what one address may take. Its turns, which each new chat of its own is compared with, are at most 512."""
 
 UNREAD_TOKENS_MAX: Final = 16_384
 """Tokens of an answer that wait for a client to read on, in 2 MiB. The sockets' buffers hold as many again, so a paused

@@ -92,7 +92,7 @@ class Coordinator:
         async with AsyncExitStack() as stack:
             port = await self._listen(stack)
             await self._discover(stack, port)
-            histories = Histories() if self._options.prefix_cache else Histories(histories_max=0)
+            histories = Histories() if self._options.prefix_cache else Histories(turns_max=0)
             app = create_app(self._service, host=self._options.http_host, histories=histories)
             work = [
                 asyncio.create_task(serve_http(app, self._options.http, stop)),

@@ -84,7 +84,7 @@ async def generate(generator: Generator, job: Job) -> AsyncGenerator[Delta, None
         for index in range(job.choice_count)
     }
     cached: dict[int, int] = {}
-    said: dict[int, list[int]] = {index: [] for index in choices}
+    first: list[int] = []  # the first choice's: clients that ask for several mostly go on from that one
     async with aclosing(generator.submit(request)) as events:
         async for event in events:
             if event.choice not in choices:
@@ -93,7 +93,8 @@ async def generate(generator: Generator, job: Job) -> AsyncGenerator[Delta, None
                 case PromptCached(choice, tokens):
                     cached[choice] = tokens
                 case TokenEvent(choice, token):
-                    said[choice].append(token)
+                    if choice == 0:
+                        first.append(token)
                     text, stopped = choices[choice].push(token)
                     if stopped:
                         del choices[choice]
@@ -102,8 +103,8 @@ async def generate(generator: Generator, job: Job) -> AsyncGenerator[Delta, None
                     if stopped:
                         yield Delta(choice, "", (), EndReason.STOP)
                 case ChoiceEnd(choice, reason):
-                    if job.conversation is not None:
-                        job.conversation.answered(said.pop(choice), request.eos_ids)
+                    if choice == 0 and job.conversation is not None:
+                        job.conversation.answered(first, request.eos_ids)
                     yield Delta(choice, choices.pop(choice).finish(), (), reason)
             if not choices:
                 return

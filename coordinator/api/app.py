@@ -38,8 +38,8 @@ class Api(Shape, Protocol):
     id_prefix: str
     continues: bool
 
-    def read(self, body: object, model: ServedModel, context_tokens: int, salt: str) -> Asked:
-        """Understand a body, or raise RequestError. Only bodies with the same salt share what is remembered."""
+    def read(self, body: object, model: ServedModel, context_tokens: int, client: str) -> Asked:
+        """Understand a client's body, or raise RequestError. Only its own bodies share what is remembered."""
         ...
 
 
@@ -93,7 +93,7 @@ def _generation(service: Generator, reader: Reader, api: Api) -> Endpoint:
 def _job(api: Api, model: ServedModel, context_tokens: int, who: tuple[str, str], body: object) -> Job:
     """Everything about a request that can be known before it runs. Long ones are understood in a thread."""
     client, key = who
-    asked = api.read(body, model, context_tokens, key)
+    asked = api.read(body, model, context_tokens, client)
     options, prompts = asked.options, asked.prompts
     check_fit(prompts, options, context_tokens, api.prompt_field)
     id = api.id_prefix + secrets.token_hex(12)

@@ -12,6 +12,7 @@ from coordinator.api.responding import Whole
 from coordinator.api.schema import read_options
 from coordinator.api.streaming import Object
 from coordinator.generation import ServedModel
+from coordinator.lanes import Lane
 from coordinator.text.histories import Histories
 
 
@@ -26,13 +27,14 @@ class Chat:
     def __init__(self, histories: Histories) -> None:
         self._histories = histories
 
-    def read(self, body: object, model: ServedModel, context_tokens: int, salt: str) -> Asked:
+    def read(self, body: object, model: ServedModel, context_tokens: int, client: str) -> Asked:
         fields = Fields(body)
         messages = read_messages(fields)
         options = read_options(fields, model.text.defaults, chat=True)
         model.check_name(options.model)
-        conversation = chat_prompt(model.text, messages, context_tokens, self._histories, salt)
-        return Asked(options, (conversation.ids,), conversation)
+        conversation = chat_prompt(model.text, messages, options, context_tokens, self._histories, client)
+        live = options.lane is Lane.INTERACTIVE  # a program's pile would displace the chats that people are in
+        return Asked(options, (conversation.ids,), conversation if live else None)
 
     def whole(self, job: Job, choices: list[Whole]) -> Object:
         prompt = {"prompt_token_ids": job.prompt_of(0)} if job.options.return_token_ids else {}

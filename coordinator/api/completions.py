@@ -21,7 +21,7 @@ class Completions:
     id_prefix = "cmpl-"
     continues = True
 
-    def read(self, body: object, model: ServedModel, context_tokens: int, salt: str) -> Asked:
+    def read(self, body: object, model: ServedModel, context_tokens: int, client: str) -> Asked:
         fields = Fields(body)
         prompts = read_prompts(fields, model.vocab_size)
         options = read_options(fields, model.text.defaults, chat=False)

@@ -23,7 +23,7 @@ class Asked:
 
     options: Options
     prompts: Prompts
-    conversation: Conversation | None = None  # what a chat's answers continue
+    conversation: Conversation | None = None  # of a chat, which may go on after its answer
 
 
 WINDOW_CHARS: Final = 32_768
@@ -39,7 +39,12 @@ ORDINARY_CHARS_PER_TOKEN: Final = 4
 
 
 def chat_prompt(
-    text: TextModel, messages: Sequence[ChatMessage], context_tokens: int, histories: Histories, salt: str
+    text: TextModel,
+    messages: Sequence[ChatMessage],
+    options: Options,
+    context_tokens: int,
+    histories: Histories,
+    client: str,
 ) -> Conversation:
     """The rendered chat. The template has written the special tokens, so none are added."""
     if text.template is None:
@@ -48,7 +53,8 @@ def chat_prompt(
         )
     rendered = text.template.render(messages)
     _refuse_giant(text.tokenizer, rendered, context_tokens, "messages")
-    return histories.begin(text.tokenizer, salt, rendered)
+    answer_tokens = max(options.max_tokens or 1, options.min_tokens)
+    return histories.begin(text.tokenizer, client, rendered, context_tokens - answer_tokens)
 
 
 def plain_prompt(text: TextModel, prompt: str | tuple[int, ...], context_tokens: int) -> tuple[int, ...]:

@@ -32,6 +32,8 @@ class Tokenizer:
             raise ModelError(f"tokenizer.json uses the decoder {found.pop()}, which cannot be streamed")
         added = backend.get_added_tokens_decoder()
         self._special = {id for id, token in added.items() if token.special or token.content in special_tokens}
+        self._special_texts = {backend.id_to_token(id) for id in self._special}
+        self._special_lengths = {len(text) for text in self._special_texts}
         self._anchor = self._find_anchor()
         self._pieces: dict[int, bytes] = {}
 
@@ -46,6 +48,10 @@ class Tokenizer:
         ids = self.encode(text, add_special_tokens=False)
         first = self._backend.id_to_token(ids[0]) if ids and ids[0] in self._special else None
         return ids if first is not None and text.startswith(first) else None
+
+    def begins_special(self, text: str, at: int) -> bool:
+        """A special token is written there. Costs no more for a long text."""
+        return any(text[at : at + length] in self._special_texts for length in self._special_lengths)
 
     def count(self, text: str) -> int:
         """How many tokens `text` has by itself."""
