@@ -32,7 +32,7 @@ class Tokenizer:
             raise ModelError(f"tokenizer.json uses the decoder {found.pop()}, which cannot be streamed")
         added = backend.get_added_tokens_decoder()
         self._special = {id for id, token in added.items() if token.special or token.content in special_tokens}
-        self._special_texts = {backend.id_to_token(id) for id in self._special}
+        self._special_texts = {added[id].content for id in self._special}
         self._special_lengths = {len(text) for text in self._special_texts}
         self._anchor = self._find_anchor()
         self._pieces: dict[int, bytes] = {}
