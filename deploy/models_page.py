@@ -33,8 +33,8 @@ checkpoint of the family: as `save_pretrained` or `mlx_lm.convert` writes it, or
 does without (AWQ, GPTQ, compressed-tensors, FP8, GGUF, gpt-oss as published), written by the format's definition. Its
 greedy text of 32 tokens and more was the text of the whole model in one process, and no logit (they are about ten wide)
 differed by more than the tolerance. The library after the tolerance is the one that ran the whole model; of a packed
-checkpoint, with the same packed weights or with what they unpack to. Where MLX stands alone it is mostly held to
-`mlx-lm`'s own numbers, which is stricter.
+checkpoint, with the same packed weights or with what they unpack to. Where `mlx-lm` did, which is the stricter one, the
+numbers were its own.
 
 Activations, and what scales GGUF's codes, were float32 unless the row says otherwise. In 16 bits rounding moves logits
 by a thirtieth of their width, and by more where experts are chosen, so text and logits tell little there. Instead every

@@ -122,7 +122,9 @@ def random_nodes(rng: random.Random, facts: ModelFacts, count_max: int, *, conte
     """Any nodes: alike or not, alone or several on a host, whose memory may or may not hold all of them. Each holds
     at most a share of the model, or a little more than all of it, so that some pools do and some do not."""
     backend = min(facts.backends)
-    whole = stage_cost(facts, LayerRange(0, facts.layer_count), backend, context=context, users=1).memory_bytes
+    whole = stage_cost(
+        facts, LayerRange(0, facts.layer_count), backend, context=context, users=1, on_cpu=True
+    ).memory_bytes
     largest = int(whole * rng.choice([0.5, 0.8, 1.2, 1.6]))
     alike = rng.random() < 0.3
     hosts = {name: rng.randint(largest // 2, 2 * largest) for name in "xy"} if rng.random() < 0.6 else {}

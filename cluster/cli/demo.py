@@ -104,7 +104,7 @@ def demo_budget(facts: ModelFacts, backend: Backend) -> int:
 
 
 def _needed_bytes(facts: ModelFacts, backend: Backend, layers: LayerRange) -> int:
-    return stage_cost(facts, layers, backend, context=_CONTEXT, users=1).memory_bytes
+    return stage_cost(facts, layers, backend, context=_CONTEXT, users=1, on_cpu=True).memory_bytes
 
 
 def demo_backends() -> tuple[str, ...]:

@@ -47,7 +47,7 @@ class StageCost:
 
 
 def stage_cost(
-    facts: ModelFacts, layers: LayerRange, backend: Backend, *, context: int, users: int, on_cpu: bool = True
+    facts: ModelFacts, layers: LayerRange, backend: Backend, *, context: int, users: int, on_cpu: bool
 ) -> StageCost:
     """What a stage with `layers` costs when it promises `context` tokens to each of `users` sequences."""
     is_first, is_last = layers.first == 0, layers.last == facts.layer_count
@@ -148,7 +148,7 @@ class CostTable:
         """Memory of every range on `node`."""
         return self.memory(node.backend, node.on_cpu)
 
-    def memory(self, backend: Backend, on_cpu: bool = True) -> Matrix:
+    def memory(self, backend: Backend, on_cpu: bool) -> Matrix:
         """Memory of every range on `backend`."""
         if (backend, on_cpu) not in self._memory:
             weights = self._spans([layer.resident_bytes[backend] for layer in self.facts.layers])

@@ -70,22 +70,22 @@ def refuse_count(facts: ModelFacts, nodes: Sequence[NodeFacts], pool: Pool, ask:
 def find_shortage(facts: ModelFacts, pool: Pool, ask: Ask, context: int, *, fits: Fits) -> Shortage:
     """Measure the shortage by placing the model with one thing changed at a time."""
     table = CostTable(facts, context=context, users=ask.users)
-    alone = max(
-        min(int(table.memory(backend, on_cpu)[0, -1]) for backend in facts.backends) for on_cpu in (True, False)
-    )
-    needed = alone + (ask.stages_min - 1) * table.stage_base_bytes
+    kinds = {candidate.node.on_cpu for candidate in pool.candidates} or {True}
+    alone = [min(int(table.memory(backend, on_cpu)[0, -1]) for backend in facts.backends) for on_cpu in kinds]
+    needed = min(alone) + (ask.stages_min - 1) * table.stage_base_bytes
+    enough = max(alone) + (ask.stages_min - 1) * table.stage_base_bytes
 
     def with_more(node: NodeFacts, extra: int) -> bool:
         return fits(facts, _grown(pool, node, extra), ask, context)
 
     def with_another(size: int) -> bool:
         others = [candidate.node for candidate in pool.candidates]
-        return fits(facts, pool_of([*others, _machine(facts, size)]), ask, context)
+        return fits(facts, pool_of([*others, _machine(facts, size, others)]), ask, context)
 
     missing_on = None
     for node in _one_of_each(pool):
         # The search for a smaller number starts from the best so far: no machine that lacks more is of interest.
-        most = missing_on[1] if missing_on else needed
+        most = missing_on[1] if missing_on else enough
         extra = _least(most, lambda size, node=node: with_more(node, size))  # type: ignore[misc]
         if extra is not None and (missing_on is None or extra < missing_on[1]):
             missing_on = (node, extra)
@@ -99,7 +99,7 @@ def find_shortage(facts: ModelFacts, pool: Pool, ask: Ask, context: int, *, fits
             (context - 1) // CONTEXT_STEP, lambda steps: fits(facts, pool, ask, steps * CONTEXT_STEP), CONTEXT_STEP
         ),
         fewer_users=_most(ask.users - 1, lambda users: fits(facts, pool, replace(ask, users=users), context)),
-        another_machine_bytes=_least(alone, with_another),
+        another_machine_bytes=_least(max(alone), with_another),
     )
 
 
@@ -208,11 +208,12 @@ def _grown(pool: Pool, grown: NodeFacts, extra: int) -> Pool:
     return pool_of([after(candidate.node) for candidate in pool.candidates])
 
 
-def _machine(facts: ModelFacts, size: int) -> NodeFacts:
-    """A machine that nobody has yet."""
+def _machine(facts: ModelFacts, size: int, others: Sequence[NodeFacts]) -> NodeFacts:
+    """A machine that nobody has yet. It computes on a GPU only where all others do."""
     memory = MemoryReport(size, size, 0, size, Pressure.NORMAL, "imagined")
     backend = sorted(facts.backends)[0]
-    return NodeFacts(NodeId("?"), "another", "", HostId("?"), "", backend, CPU, memory, 0, "", "", facts.formats)
+    device = CPU if not others or any(node.on_cpu for node in others) else others[0].device
+    return NodeFacts(NodeId("?"), "another", "", HostId("?"), "", backend, device, memory, 0, "", "", facts.formats)
 
 
 def _least(most: int, does: Callable[[int], bool]) -> int | None:

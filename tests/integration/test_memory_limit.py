@@ -60,7 +60,7 @@ def planned(folder: Path, backend: Backend, context: int) -> StageCost:
     if not has_backend(backend):
         pytest.skip(f"the engine {backend} is not installed")
     facts = read_facts(open_checkpoint(folder))
-    return stage_cost(facts, LayerRange(0, LAYERS), backend, context=context, users=USERS)
+    return stage_cost(facts, LayerRange(0, LAYERS), backend, context=context, users=USERS, on_cpu=True)
 
 
 @pytest.mark.parametrize(("backend", "context"), CONTEXTS.items())

@@ -103,7 +103,7 @@ def entering(facts: ModelFacts, run: Run, rows: Sequence[Row]) -> Boundary | Non
 
 def peaks(backend: Backend, run: Run) -> dict[str, int]:
     facts = read_facts(open_checkpoint(run.folder), run.bits)
-    cost = stage_cost(facts, run.layers, backend, context=run.context, users=run.users)
+    cost = stage_cost(facts, run.layers, backend, context=run.context, users=run.users, on_cpu=True)
     spec = StageSpec(
         folder=run.folder,
         layers=run.layers,

@@ -61,7 +61,9 @@ def test_full_engines_hold_what_the_plan_says(
     facts = read_facts(open_checkpoint(folder))
     specs = stage_specs(folder, (), kv_tokens=CONTEXT * USERS, context_tokens=CONTEXT)
     (engine,) = load_pipeline([maker], specs)
-    cost = stage_cost(facts, LayerRange(0, facts.layer_count), engine.backend, context=CONTEXT, users=USERS)
+    cost = stage_cost(
+        facts, LayerRange(0, facts.layer_count), engine.backend, context=CONTEXT, users=USERS, on_cpu=True
+    )
     many = min(sequences_max(facts, CONTEXT, USERS), 8)
     loads = [held_bytes(engine, [CONTEXT * USERS // count] * count) for count in (USERS, many)]
     loads.append(held_bytes(engine, [CONTEXT, 300, 150, 62]))
@@ -74,7 +76,7 @@ def test_without_their_windows_and_states_the_promises_would_be_others(checkpoin
     for family in WINDOWED - {"windows everywhere"}:
         facts = read_facts(open_checkpoint(checkpoint(family)))
         layers = LayerRange(0, facts.layer_count)
-        cost = stage_cost(facts, layers, min(facts.backends), context=CONTEXT, users=USERS)
+        cost = stage_cost(facts, layers, min(facts.backends), context=CONTEXT, users=USERS, on_cpu=True)
         whole = sum(layer.kv_bytes_per_token for layer in facts.layers) * CONTEXT * USERS
         assert cost.kv_bytes < LEAST * whole
         assert sequences_max(facts, CONTEXT, USERS) < SEQUENCES_MAX

@@ -95,7 +95,7 @@ def test_the_peak_is_what_the_plan_said(name: str, tmp_path: Path) -> None:
 def growth_of_a_load(folder: Path) -> tuple[int, int]:
     """The peak of MLX's own count while `folder` is loaded, above what was there before; and what facts predict."""
     (spec,) = stage_specs(folder, ())
-    cost = stage_cost(read_facts(open_checkpoint(folder)), spec.layers, Backend.MLX, context=24, users=1)
+    cost = stage_cost(read_facts(open_checkpoint(folder)), spec.layers, Backend.MLX, context=24, users=1, on_cpu=True)
     engine = MlxEngine()
     before_bytes = mx.get_active_memory()
     mx.reset_peak_memory()

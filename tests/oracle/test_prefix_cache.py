@@ -204,7 +204,7 @@ def test_what_is_kept_never_takes_more_than_was_promised(family: str, makers: Ma
 
         await asyncio.gather(*(in_turn(seed) for seed in range(14)))
         (backend,) = {stage.backend for stage in it.pipeline.engines}
-        cost = stage_cost(facts, LayerRange(0, facts.layer_count), backend, context=CONTEXT, users=users)
+        cost = stage_cost(facts, LayerRange(0, facts.layer_count), backend, context=CONTEXT, users=users, on_cpu=True)
         assert it.serving.prefixes.retained_tokens > users * CONTEXT // 2 or facts.rewind != EXACT
         assert it.serving.prefixes.cached_tokens > 0
         assert max(it.pipeline.kv_bytes) <= cost.kv_bytes + cost.kv_bytes // KV_AHEAD

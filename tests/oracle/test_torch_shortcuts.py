@@ -12,7 +12,7 @@ import torch
 
 from node.engines.torch import engine as torch_engine
 from node.engines.torch.shortcuts import Shortcut, take_shortcuts
-from tests.checkpoints import FAMILIES
+from tests.checkpoints import FAMILIES, MORE_FAMILIES, STATE_FAMILIES, make_checkpoint
 from tests.oracle.pipelines import row, run_step
 from tests.oracle.reference import random_prompt
 from tests.oracle.test_torch_engine import torch_pipeline
@@ -32,11 +32,13 @@ def answers(folder: Path) -> list[np.ndarray]:
     return [run_step(engines, list(rows)) for rows in steps]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_shortcuts_change_no_bit(family: str, checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = answers(checkpoint(family))
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES, *STATE_FAMILIES])
+def test_shortcuts_change_no_bit(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 16 bits, where matrices lie in the order of the processor's products."""
+    folder = make_checkpoint(family, tmp_path, dtype="bfloat16")
+    found = answers(folder)
     monkeypatch.setattr(torch_engine, "take_shortcuts", lambda model: None)
-    for ours, theirs in zip(found, answers(checkpoint(family)), strict=True):
+    for ours, theirs in zip(found, answers(folder), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 

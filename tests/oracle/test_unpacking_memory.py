@@ -55,7 +55,7 @@ def test_eight_bits_are_unpacked_a_bounded_part_at_a_time(kind: str, tmp_path: P
     folder = with_large_matrices(tmp_path / "large", kind)
     checkpoint = open_checkpoint(folder)
     (spec,) = stage_specs(folder, ())
-    cost = stage_cost(read_facts(checkpoint), spec.layers, Backend.MLX, context=24, users=1)
+    cost = stage_cost(read_facts(checkpoint), spec.layers, Backend.MLX, context=24, users=1, on_cpu=True)
     stored_bytes = max(tensor.size_bytes for tensor in checkpoint.tensors.values())
     engine = MlxEngine()
     before_bytes = mx.get_active_memory()

@@ -172,7 +172,10 @@ def test_a_state_costs_the_same_for_every_length(tmp_path: Path) -> None:
     state_bytes = 4 * CHANNELS * KERNEL + 4 * VALUE_HEADS * KEY_SIZE * VALUE_SIZE
     assert (first.kv_bytes_per_token, first.state_bytes) == (0, state_bytes)
     assert (second.kv_bytes_per_token, second.state_bytes) == (2 * KV_HEADS * HEAD_DIM * 4, 0)
-    costs = [stage_cost(facts, LayerRange(0, 1), Backend.TORCH, context=context, users=3) for context in (8, 600, 8000)]
+    costs = [
+        stage_cost(facts, LayerRange(0, 1), Backend.TORCH, context=context, users=3, on_cpu=True)
+        for context in (8, 600, 8000)
+    ]
     sequences = 3 * SEQUENCES_PER_USER
     # With one snapshot for each 256 positions, as long as no sequence has more of them than it may.
     snapshots = (0, 3 * 600 // SNAPSHOT_TOKENS, sequences * SNAPSHOTS_MAX)
@@ -188,7 +191,8 @@ def test_the_promise_counts_sequences_where_each_has_a_cost_of_its_own(tmp_path:
     assert sequences_max(windows, 100, 3) == SEQUENCES_MAX  # so short that two windows take as much
     layer = windows.layers[0]
     kept = [
-        stage_cost(windows, LayerRange(0, 1), Backend.MLX, context=tokens, users=3).kv_bytes for tokens in (100, 1000)
+        stage_cost(windows, LayerRange(0, 1), Backend.MLX, context=tokens, users=3, on_cpu=True).kv_bytes
+        for tokens in (100, 1000)
     ]
     assert layer.kv_tokens_max == (8 + REWIND_TOKENS) * 9 // 8
     assert kept == [layer.kv_bytes_per_token * 300, layer.kv_bytes_per_token * 6 * layer.kv_tokens_max]

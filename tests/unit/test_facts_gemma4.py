@@ -74,7 +74,7 @@ def test_the_first_stage_alone_makes_them(tmp_path: Path) -> None:
     )
     own_bytes = 4 * (2 * WIDTH * HIDDEN + HIDDEN)
     for layers, added in ((LayerRange(0, 1), facts.inputs_bytes), (LayerRange(1, 3), 0)):
-        costs = [stage_cost(each, layers, Backend.TORCH, context=8, users=1) for each in (facts, plain)]
+        costs = [stage_cost(each, layers, Backend.TORCH, context=8, users=1, on_cpu=True) for each in (facts, plain)]
         assert costs[0].weight_bytes - costs[1].weight_bytes == len(layers) * own_bytes + added
         streamed = len(layers) * own_bytes + (STREAMED_BYTES if added else 0)
         assert costs[0].streamed_bytes - costs[1].streamed_bytes == streamed
@@ -88,8 +88,8 @@ def test_tables_and_formula_agree(tmp_path: Path) -> None:
     facts = facts_of(tmp_path, CONFIG, tensors_with())
     table = CostTable(facts, context=8, users=2)
     for begin, end, layers in ((0, 1, LayerRange(0, 1)), (1, 2, LayerRange(1, 3)), (0, 2, LayerRange(0, 3))):
-        cost = stage_cost(facts, layers, Backend.MLX, context=8, users=2)
-        assert table.memory(Backend.MLX)[begin, end] == cost.memory_bytes
+        cost = stage_cost(facts, layers, Backend.MLX, context=8, users=2, on_cpu=True)
+        assert table.memory(Backend.MLX, True)[begin, end] == cost.memory_bytes
         assert table.streamed[begin, end] == cost.streamed_bytes
 
 

@@ -19,7 +19,7 @@ from tests.clusters import model, node, with_memory
 
 
 def needs(facts: ModelFacts, context: int, first: int, last: int) -> int:
-    return stage_cost(facts, LayerRange(first, last), Backend.TORCH, context=context, users=1).memory_bytes
+    return stage_cost(facts, LayerRange(first, last), Backend.TORCH, context=context, users=1, on_cpu=True).memory_bytes
 
 
 EQUAL = model([1000] * 6, kv=0)
@@ -72,9 +72,9 @@ def test_the_head_counts_as_time_and_the_embedding_does_not() -> None:
 
 def test_a_tied_head_takes_memory_on_both_ends_and_time_on_the_last() -> None:
     tied = model([1000] * 4, ends=(500, 0, 2), tied=True)
-    whole = stage_cost(tied, LayerRange(0, 4), Backend.MLX, context=8, users=1)
-    first = stage_cost(tied, LayerRange(0, 2), Backend.MLX, context=8, users=1)
-    last = stage_cost(tied, LayerRange(2, 4), Backend.MLX, context=8, users=1)
+    whole = stage_cost(tied, LayerRange(0, 4), Backend.MLX, context=8, users=1, on_cpu=True)
+    first = stage_cost(tied, LayerRange(0, 2), Backend.MLX, context=8, users=1, on_cpu=True)
+    last = stage_cost(tied, LayerRange(2, 4), Backend.MLX, context=8, users=1, on_cpu=True)
     assert (whole.weight_bytes, first.weight_bytes, last.weight_bytes) == (4502, 2500, 2502)
     assert (whole.streamed_bytes, first.streamed_bytes, last.streamed_bytes) == (4502, 2000, 2502)
 

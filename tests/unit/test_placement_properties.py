@@ -77,7 +77,7 @@ def test_every_layer_is_owned_once_within_every_budget(seed: int) -> None:
     assert {stage.layers.first for stage in plan.stages} <= facts.legal_cuts
     used: dict[tuple[HostId, str], int] = defaultdict(int)
     for stage in plan.stages:
-        cost = stage_cost(facts, stage.layers, stage.backend, context=8, users=ask.users)
+        cost = stage_cost(facts, stage.layers, stage.backend, context=8, users=ask.users, on_cpu=True)
         found = (stage.weight_bytes, stage.kv_bytes, stage.workspace_bytes, stage.streamed_bytes)
         assert found == (cost.weight_bytes, cost.kv_bytes, cost.workspace_bytes, cost.streamed_bytes)
         assert stage.memory_bytes <= by_id[stage.node].memory.budget_bytes
@@ -101,7 +101,7 @@ def every_placement(facts: ModelFacts, nodes: Sequence[NodeFacts], ask: Ask, cou
         ends = [0, *inner, facts.layer_count]
         layers = [LayerRange(first, last) for first, last in itertools.pairwise(ends)]
         costs = {
-            backend: [stage_cost(facts, each, backend, context=8, users=ask.users) for each in layers]
+            backend: [stage_cost(facts, each, backend, context=8, users=ask.users, on_cpu=True) for each in layers]
             for backend in facts.backends
         }
         for order in itertools.permutations(usable, count):
@@ -147,7 +147,7 @@ def test_agrees_with_brute_force_where_two_crowded_hosts_decide(seed: int) -> No
     rng = random.Random(seed)
     facts = random_model(rng, 8)
     backend = min(facts.backends)
-    whole = stage_cost(facts, LayerRange(0, facts.layer_count), backend, context=8, users=1).memory_bytes
+    whole = stage_cost(facts, LayerRange(0, facts.layer_count), backend, context=8, users=1, on_cpu=True).memory_bytes
     share = rng.uniform(0.2, 0.8)
     budgets = {"x": int(whole * share) + rng.randint(500, 1500), "y": int(whole * (1 - share)) + rng.randint(500, 1500)}
     nodes = [
@@ -167,7 +167,7 @@ def test_agrees_with_brute_force_where_groups_within_a_machine_decide(seed: int)
     rng = random.Random(seed)
     facts = random_model(rng, 8)
     backend = min(facts.backends)
-    whole = stage_cost(facts, LayerRange(0, facts.layer_count), backend, context=8, users=1).memory_bytes
+    whole = stage_cost(facts, LayerRange(0, facts.layer_count), backend, context=8, users=1, on_cpu=True).memory_bytes
     share = rng.uniform(0.2, 0.8)
     budgets = {"p": int(whole * share) + rng.randint(500, 1500), "q": int(whole * (1 - share)) + rng.randint(500, 1500)}
     machine = whole + rng.randint(0, 2500)
@@ -264,6 +264,6 @@ def test_the_tables_agree_with_the_cost_of_a_single_stage(seed: int) -> None:
     table = CostTable(facts, context=8, users=2)
     for begin, end in itertools.combinations(range(len(table.cuts)), 2):
         for backend in facts.backends:
-            cost = stage_cost(facts, table.range_of(begin, end), backend, context=8, users=2)
-            assert table.memory(backend)[begin, end] == cost.memory_bytes
+            cost = stage_cost(facts, table.range_of(begin, end), backend, context=8, users=2, on_cpu=True)
+            assert table.memory(backend, True)[begin, end] == cost.memory_bytes
             assert table.streamed[begin, end] == cost.streamed_bytes

@@ -22,8 +22,8 @@ from cluster.types import Backend, DType, Format, LayerRange, NodeId
 from tests.clusters import model, node, random_model, random_nodes, with_memory
 
 EQUAL = model([1000] * 6, kv=0)
-BASE = stage_cost(EQUAL, LayerRange(0, 1), Backend.TORCH, context=8, users=1).memory_bytes - 1000
-LAST = stage_cost(EQUAL, LayerRange(5, 6), Backend.TORCH, context=8, users=1).memory_bytes - 1000
+BASE = stage_cost(EQUAL, LayerRange(0, 1), Backend.TORCH, context=8, users=1, on_cpu=True).memory_bytes - 1000
+LAST = stage_cost(EQUAL, LayerRange(5, 6), Backend.TORCH, context=8, users=1, on_cpu=True).memory_bytes - 1000
 
 
 def shortage_of(facts: ModelFacts, nodes: list[NodeFacts], ask: Ask) -> Shortage:
@@ -112,7 +112,7 @@ def test_says_on_which_machine_it_is_missing_when_only_the_cut_is_impossible() -
 
 def test_offers_the_longest_context_that_fits() -> None:
     chatty = model([1000] * 2, kv=1000, context=40_000)
-    whole = stage_cost(chatty, LayerRange(0, 2), Backend.TORCH, context=1024, users=1).memory_bytes
+    whole = stage_cost(chatty, LayerRange(0, 2), Backend.TORCH, context=1024, users=1, on_cpu=True).memory_bytes
     found = shortage_of(chatty, [node("a", whole)], Ask(20_000))
     assert found.shorter_context == 1024
     assert "a context of 1,024 tokens (--context 1024)" in refusal(chatty, [node("a", whole)], Ask(20_000))
@@ -120,7 +120,7 @@ def test_offers_the_longest_context_that_fits() -> None:
 
 def test_offers_the_most_users_that_fit() -> None:
     chatty = model([1000] * 2, kv=1000, context=40_000)
-    whole = stage_cost(chatty, LayerRange(0, 2), Backend.TORCH, context=1024, users=3).memory_bytes
+    whole = stage_cost(chatty, LayerRange(0, 2), Backend.TORCH, context=1024, users=3, on_cpu=True).memory_bytes
     message = refusal(chatty, [node("a", whole)], Ask(1024, users=8))
     assert "3 at once instead of 8 (--users 3)" in message
 
@@ -157,7 +157,7 @@ def test_the_size_in_fewer_bits_counts_the_scales() -> None:
 
 def test_an_automatic_context_is_refused_below_the_least_that_is_useful() -> None:
     chatty = model([1000] * 2, kv=1000, context=40_000)
-    whole = stage_cost(chatty, LayerRange(0, 2), Backend.TORCH, context=4096, users=1).memory_bytes
+    whole = stage_cost(chatty, LayerRange(0, 2), Backend.TORCH, context=4096, users=1, on_cpu=True).memory_bytes
     message = refusal(chatty, [node("a", whole)], Ask(None))
     assert "with 8,192 tokens of context" in message
     assert "--context 4096" in message

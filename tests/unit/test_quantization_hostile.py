@@ -122,9 +122,9 @@ def check_costs(facts: ModelFacts) -> None:
     assert facts.stored_bytes >= 0
     for backend in facts.backends:
         table = CostTable(facts, context=4096, users=4)
-        for costs in (table.memory(backend), table.streamed):
+        for costs in (table.memory(backend, True), table.streamed):
             assert costs.min() >= 0
-        cost = stage_cost(facts, LayerRange(0, facts.layer_count), backend, context=4096, users=4)
+        cost = stage_cost(facts, LayerRange(0, facts.layer_count), backend, context=4096, users=4, on_cpu=True)
         assert 0 < cost.weight_bytes <= cost.memory_bytes < NEVER
 
 

@@ -1,9 +1,8 @@
 """AWQ, GPTQ and compressed-tensors checkpoints on MLX: their matrices as mlx-lm's packed modules want them.
 
 Everything stays lazy until it is read; experts are read one after the other (`Computed`), so that no stack of them is
-there twice. mlx-lm's own preparation of weights stacks experts and leaves other matrices
-as they are; one that it takes apart is refused, because it would treat codes as numbers. Which bits mean what is
-`node.engines.mlx.repack`.
+there twice. mlx-lm's own preparation of weights leaves other matrices as they are; one that it takes apart is refused,
+because it would treat codes as numbers. Which bits mean what is `node.engines.mlx.repack`.
 """
 
 from __future__ import annotations
