@@ -15,7 +15,7 @@ import mlx.core as mx
 from torch.nn.functional import embedding, linear
 
 from cluster.errors import ModelError
-from node.engines.torch import products
+from node.engines.torch import int4, products
 from node.engines.torch.in_planes import in_planes
 from node.engines.torch.int4 import Order
 from node.engines.torch.packed import Affine, Fp8, Mxfp4, Packed, gathered, rows_of
@@ -37,9 +37,11 @@ def random(*shape: int, offset: float = 0.0, seed: int = 0) -> mx.array:
     return mx.array((np.random.default_rng(seed).normal(size=shape) + offset).astype(np.float32))
 
 
-def affine(bits: int = 4, group: int = 64, dtype: mx.Dtype = mx.float32, **others: Any) -> tuple[Affine, torch.Tensor]:
+def affine(
+    bits: int = 4, group: int = 64, dtype: mx.Dtype = mx.float32, columns: int = COLUMNS, **others: Any
+) -> tuple[Affine, torch.Tensor]:
     """A packed matrix, and its numbers as MLX unpacks them in float32."""
-    codes, scales, biases = mx.quantize(random(ROWS, COLUMNS, **others).astype(dtype), group_size=group, bits=bits)
+    codes, scales, biases = mx.quantize(random(ROWS, columns, **others).astype(dtype), group_size=group, bits=bits)
     exact = mx.dequantize(codes, scales.astype(mx.float32), biases.astype(mx.float32), group_size=group, bits=bits)
     return Affine(in_torch(codes), in_torch(scales), in_torch(biases), bits), in_torch(exact)
 
@@ -169,14 +171,19 @@ def kernel(matrix: Affine, *, looked_up: bool = False) -> Planes | None:
     return found and found[0]
 
 
-WIDTHS = [(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
+needs_kernel = pytest.mark.skipif(not int4.is_usable(), reason="this processor has no kernel for four bits")
+
+BITS = (2, 3, 4, 5, 6, 8)
+WIDTHS = [(bits, group, COLUMNS) for bits in BITS for group in (32, 64, 128)]
+WIDTHS += [(bits, 32, columns) for bits in BITS for columns in (96, 160)]
 
 
-@pytest.mark.parametrize(("bits", "group"), WIDTHS)
-@pytest.mark.parametrize("tokens", [1, 5, 70])
-def test_products_of_planes_are_as_exact_as_bfloat16(bits: int, group: int, tokens: int) -> None:
-    matrix, numbers = affine(bits, group, mx.bfloat16)
-    x = in_torch(random(tokens, COLUMNS, seed=1)).bfloat16()
+@needs_kernel
+@pytest.mark.parametrize(("bits", "group", "columns"), WIDTHS)
+@pytest.mark.parametrize("tokens", [1, 5, 24])
+def test_products_of_planes_are_as_exact_as_bfloat16(bits: int, group: int, columns: int, tokens: int) -> None:
+    matrix, numbers = affine(bits, group, mx.bfloat16, columns)
+    x = in_torch(random(tokens, columns, seed=1)).bfloat16()
     exact = x.float() @ numbers.T
     planes = kernel(matrix)
     assert planes is not None
@@ -187,16 +194,17 @@ def test_products_of_planes_are_as_exact_as_bfloat16(bits: int, group: int, toke
     )
 
 
-@pytest.mark.parametrize(("bits", "group"), WIDTHS)
+@needs_kernel
+@pytest.mark.parametrize(("bits", "group", "columns"), WIDTHS)
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_many_rows_of_input_are_multiplied_as_exactly(
-    bits: int, group: int, offset: float, monkeypatch: pytest.MonkeyPatch
+    bits: int, group: int, columns: int, offset: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By unpacked weights; a tenth more error for the two numbers that hold an input's sum over a group."""
-    monkeypatch.setattr("node.engines.torch.planes._KERNEL_ROWS", {1: 99, 2: 99})
+    monkeypatch.setattr("node.engines.torch.planes._kernel_rows", lambda planes: 99)
     monkeypatch.setattr("node.engines.torch.planes._UNPACKED_ELEMENTS", 128 * COLUMNS)
-    matrix, numbers = affine(bits, group, mx.bfloat16)
-    x = in_torch(random(100, COLUMNS, offset=offset, seed=1)).bfloat16()
+    matrix, numbers = affine(bits, group, mx.bfloat16, columns)
+    x = in_torch(random(100, columns, offset=offset, seed=1)).bfloat16()
     exact = x.float() @ numbers.T
     planes = kernel(matrix)
     assert planes is not None
@@ -204,15 +212,17 @@ def test_many_rows_of_input_are_multiplied_as_exactly(
     assert error <= 1.1 * relative_error(linear(x, numbers.bfloat16()), exact)
 
 
-@pytest.mark.parametrize(("bits", "group"), WIDTHS)
-def test_rows_of_planes_are_looked_up_exactly(bits: int, group: int) -> None:
-    matrix, exact = affine(bits, group, mx.bfloat16)
+@needs_kernel
+@pytest.mark.parametrize(("bits", "group", "columns"), WIDTHS)
+def test_rows_of_planes_are_looked_up_exactly(bits: int, group: int, columns: int) -> None:
+    matrix, exact = affine(bits, group, mx.bfloat16, columns)
     planes = kernel(matrix, looked_up=True)
     assert planes is not None
     rows = torch.tensor([191, 0, 64, 100, 100])
     assert torch.equal(planes.values(rows), exact[rows])
 
 
+@needs_kernel
 @pytest.mark.parametrize("bits", [2, 3, 5, 6])
 def test_planes_in_pieces_are_taken_apart_some_rows_at_a_time(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     planes, x = kernel(affine(bits, 64, mx.bfloat16)[0]), in_torch(random(3, COLUMNS, seed=1)).bfloat16()
@@ -225,9 +235,13 @@ def test_planes_in_pieces_are_taken_apart_some_rows_at_a_time(bits: int, monkeyp
         Planes, "_expanded", lambda m, rows, order: (sizes.append(rows.stop), expanded(m, rows, order))[1]
     )
     assert torch.equal(planes.product(x), whole)
-    assert sizes == [64, 128, 192]
+    order = int4.order_of_codes()
+    assert order is not None
+    block = 2 * order.stride
+    assert sizes == list(range(block, ROWS + block, block))
 
 
+@needs_kernel
 @pytest.mark.parametrize("bits", [4, 6, 8])
 def test_inputs_may_be_a_part_of_others_or_none(bits: int) -> None:
     planes, wide = kernel(affine(bits, 64, mx.bfloat16)[0]), in_torch(random(3, 2 * COLUMNS, seed=1)).bfloat16()
@@ -237,6 +251,7 @@ def test_inputs_may_be_a_part_of_others_or_none(bits: int) -> None:
     assert planes.product(part[None, :0]).shape == (1, 0, ROWS)
 
 
+@needs_kernel
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_groups_whose_scale_is_zero_are_their_bias(bits: int) -> None:
     matrix, _ = affine(bits, 64, mx.bfloat16)
@@ -244,6 +259,15 @@ def test_groups_whose_scale_is_zero_are_their_bias(bits: int) -> None:
     planes = kernel(flat)
     assert planes is not None
     assert torch.equal(planes.product(torch.ones(1, COLUMNS).bfloat16()), torch.full((1, ROWS), COLUMNS).bfloat16())
+
+
+def test_a_group_whose_scale_is_no_number_stays_so() -> None:
+    """Its file is damaged; the general path's products would show it."""
+    matrix, _ = affine(8, 64, mx.bfloat16)
+    scales = matrix.scales.clone()
+    scales[3, 1] = torch.nan
+    planes = kernel(Affine(matrix.codes, scales, matrix.biases, matrix.bits))
+    assert planes is None or bool(planes.product(torch.ones(1, COLUMNS).bfloat16())[0, 3].isnan())
 
 
 def test_what_the_kernel_would_lose_is_left_to_the_general_path() -> None:
@@ -256,6 +280,7 @@ def test_what_the_kernel_does_not_compute_is_left_to_the_general_path(unfit: Aff
     assert kernel(unfit) is None
 
 
+@needs_kernel
 def test_an_order_that_is_not_known_is_enough_for_planes_of_four_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many rows of input are the kernel's then as well."""
     monkeypatch.setattr("node.engines.torch.int4.order_of_codes", lambda: None)
@@ -265,6 +290,35 @@ def test_an_order_that_is_not_known_is_enough_for_planes_of_four_bits(monkeypatc
     assert planes is not None
     exact = x.float() @ numbers.T
     assert relative_error(planes.product(x), exact) <= relative_error(linear(x, numbers.bfloat16()), exact)
+
+
+@pytest.mark.parametrize(
+    ("machine", "capability", "cut", "is_used"),
+    [
+        ("x86_64", "DEFAULT", False, False),
+        ("x86_64", "AVX2", False, True),
+        ("aarch64", "DEFAULT", True, False),
+        ("aarch64", "DEFAULT", False, True),
+    ],
+)
+def test_a_kernel_that_is_slow_or_cuts_bits_off_is_not_used(
+    machine: str, capability: str, cut: bool, is_used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def product(x: torch.Tensor, codes: torch.Tensor, scaling: torch.Tensor) -> torch.Tensor:
+        """Of weights that are all one, as the two kinds of processors store its sums."""
+        sums = x.float().sum(-1, keepdim=True).expand(-1, len(codes))
+        if cut:
+            sums = (sums.contiguous().view(torch.int32) & -0x10000).view(torch.float32)
+        return sums.bfloat16()
+
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(int4, "product", product)
+    int4.is_usable.cache_clear()
+    try:
+        assert (kernel(affine(4, 64, mx.bfloat16)[0]) is not None) == is_used
+    finally:
+        int4.is_usable.cache_clear()
 
 
 def test_neighbours_in_a_byte_are_put_in_order() -> None:

@@ -40,7 +40,7 @@ def in_planes(matrices: Sequence[Affine], dtype: torch.dtype, *, looked_up: bool
 
 def _fits(matrix: Affine, *, looked_up: bool) -> bool:
     planes = PLANES.get(matrix.bits)
-    if planes is None or matrix.codes.device.type != "cpu":
+    if planes is None or matrix.codes.device.type != "cpu" or not int4.is_usable():
         return False
     if looked_up or any(plane.pieces > 1 for plane in planes):
         order = int4.order_of_codes()
@@ -88,7 +88,7 @@ def _scaling(matrix: Affine) -> torch.Tensor | None:
     for first in range(0, matrix.rows, step):
         rows = slice(first, first + step)
         scales = matrix.scales[rows].float()
-        scales = scales.where(scales.abs() >= _SCALE_MIN, _SCALE_MIN)
+        scales = torch.where(scales.abs() < _SCALE_MIN, _SCALE_MIN, scales)  # what is no number stays none
         # Not in place: biases may be float32 already.
         zeros = matrix.biases[rows].float().add(scales, alpha=middle_of(matrix.bits))
         part = scaling[:, rows]

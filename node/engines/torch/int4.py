@@ -6,6 +6,7 @@ sums are float32. It has a code for other types too, which is slower than unpack
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +21,8 @@ ROWS: Final = 16
 ROWS_IN_ORDER: Final = 64
 """Rows in which the order of codes repeats, or a multiple of them, on every kind of processor."""
 
+_X86: Final = frozenset({"x86_64", "amd64"})
+
 
 def product(x: torch.Tensor, codes: torch.Tensor, scaling: torch.Tensor) -> torch.Tensor:
     """bfloat16 [tokens, rows] of bfloat16 [tokens, columns], bytes [rows, columns / 2] in the kernel's order, and
@@ -33,6 +36,22 @@ def in_order(codes: torch.Tensor) -> torch.Tensor:
     """Bytes [rows, columns / 2] of codes [rows, columns]. Each `ROWS_IN_ORDER` rows keep to themselves."""
     packed: torch.Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
     return packed
+
+
+@lru_cache
+def is_usable() -> bool:
+    """Whether the kernel rounds its sums, and is faster than unpacking. On aarch64 torch's source cuts lower bits off,
+    which makes every product smaller; on x86 without AVX2 it is a plain loop, slower than unpacking even at one row.
+    Tried on sums that round up, in whole blocks of rows and a part of one."""
+    if platform.machine().lower() in _X86 and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        return False
+    x, scaling = torch.zeros((5, 32), dtype=torch.bfloat16), torch.zeros((1, 80, 2), dtype=torch.bfloat16)
+    x[:, 0], x[:, 1], scaling[..., 0] = 1.0, 0.75 * 2**-7, 1.0
+    try:
+        codes = in_order(torch.full((80, 32), 9))
+        return bool((product(x, codes, scaling) == 1 + 2**-7).all())
+    except (AttributeError, RuntimeError):  # as builds of torch without the kernel say it
+        return False
 
 
 @dataclass(frozen=True, slots=True)

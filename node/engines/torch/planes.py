@@ -23,8 +23,9 @@ _EXPANDED_BYTES = 1 << 20
 _UNPACKED_ELEMENTS = 1 << 19
 """Unpacked at a time for many rows of input: their float32 are what a core's cache holds."""
 
-_KERNEL_ROWS: Mapping[int, int] = {1: 512, 2: 72}
-"""By planes: rows of input up to which the kernel takes less time than unpacking and a plain product (measured)."""
+_KERNEL_ROWS: Final[Mapping[str, Mapping[int, int]]] = {"AVX2": {1: 64, 2: 24}, "AVX512": {1: 512, 2: 56}}
+"""By a processor's width and planes: rows of input up to which the kernel takes less time than unpacking and a plain
+product (measured)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ class Planes:
         """bfloat16 [..., rows] of bfloat16 [..., columns]."""
         flat, planes = x.reshape(-1, self.columns).contiguous(), PLANES[self.bits]
         order = int4.order_of_codes()
-        if flat.shape[0] > _KERNEL_ROWS[len(planes)] and order is not None and self.rows % (2 * order.stride) == 0:
+        if flat.shape[0] > _kernel_rows(len(planes)) and order is not None and self.rows % (2 * order.stride) == 0:
             product = self._product_with_unpacked(flat, order)
         elif all(plane.bits == 4 for plane in planes):
             product = int4.product(_repeated(flat, len(planes)), self.codes, self._scaling(slice(None)))
@@ -147,7 +148,7 @@ class Planes:
         if all(plane.bits == 4 for plane in planes):
             return part
         count, size = part.shape[0], self.columns * order.stride // 8  # words of eight bytes in a plane of a block
-        words = part.view(torch.int64).view(count // (2 * order.stride), -1)
+        words = part.flatten().view(torch.int64).view(count // (2 * order.stride), -1)  # a row need not end with a word
         expanded = words.new_empty((len(words), len(planes), size))
         begin = 0
         for index, plane in enumerate(planes):
@@ -232,6 +233,10 @@ class Room:
 def middle_of(bits: int) -> int:
     """The code of the weight that a zero is."""
     return 1 << (bits - 1)
+
+
+def _kernel_rows(planes: int) -> int:
+    return _KERNEL_ROWS.get(torch.backends.cpu.get_cpu_capability(), _KERNEL_ROWS["AVX2"])[planes]
 
 
 def _repeated(flat: torch.Tensor, count: int) -> torch.Tensor:
