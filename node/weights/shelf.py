@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.errors import ModelError
@@ -68,10 +68,10 @@ class Shelf:
             self._stores.pop(store.model, None)
         store.delete()
 
-    def make_room(self, store: Store, wanted: Iterable[TensorRecord], wanted_bytes: int, needed_bytes: int) -> None:
+    def make_room(self, store: Store, wanted: Sequence[TensorRecord], wanted_bytes: int, needed_bytes: int) -> None:
         """Make `needed_bytes` more fit into the limit and onto the disk, for the `wanted` tensors of `store`, which
         take `wanted_bytes` in all. Other models go first, the least recently used first of all; then what else of
-        this model is here."""
+        this model is here. Nothing goes where all of that were not enough."""
         limit_bytes = self.limit_bytes()
         if wanted_bytes > limit_bytes:
             raise ModelError(
@@ -79,9 +79,19 @@ class Shelf:
                 f"{format_bytes(limit_bytes)} may lie in {self.models}: {format_bytes(wanted_bytes - limit_bytes)} too "
                 "little. Start this node with a higher --weights-max, or with --state on a larger disk"
             )
-        others = iter([other for other in self.stores() if other is not store])
+        others = [other for other in self.stores() if other is not store]
+        spare_bytes = store.unwanted_bytes(wanted) + sum(allocated_bytes(other.root) for other in others)
+        missing_bytes = self._missing_on_disk_bytes(needed_bytes)
+        if missing_bytes > spare_bytes:
+            raise ModelError(
+                f"the weights of this node's layers need {format_bytes(needed_bytes)} on the disk of {self.models}, "
+                f"which would be {format_bytes(missing_bytes - spare_bytes)} too little even without the "
+                f"{format_bytes(spare_bytes)} of other weights there. Free some space there, or start this node with "
+                "--state on a larger disk"
+            )
+        going = iter(others)
         while self._missing_bytes(needed_bytes, limit_bytes) > 0:
-            victim = next(others, None)
+            victim = next(going, None)
             if victim is None:
                 store.keep_only(wanted)
                 return
@@ -91,8 +101,10 @@ class Shelf:
     def _missing_bytes(self, needed_bytes: int, limit_bytes: int) -> int:
         """Room still to be made; at most 0 when there is enough."""
         over_limit = sum(allocated_bytes(path) for path in self.models.iterdir()) + needed_bytes - limit_bytes
-        over_disk = needed_bytes + margin_bytes(needed_bytes) - free_bytes(self.models) if needed_bytes else 0
-        return max(over_limit, over_disk)
+        return max(over_limit, self._missing_on_disk_bytes(needed_bytes))
+
+    def _missing_on_disk_bytes(self, needed_bytes: int) -> int:
+        return needed_bytes + margin_bytes(needed_bytes) - free_bytes(self.models) if needed_bytes else 0
 
 
 def allocated_bytes(folder: Path) -> int:

@@ -139,6 +139,11 @@ class Store:
             sync(new.fileno())
         temporary.replace(path)
 
+    def unwanted_bytes(self, wanted: Iterable[TensorRecord]) -> int:
+        """What `keep_only` would free."""
+        names = {tensor.name for tensor in wanted}
+        return sum(mark.received_bytes for name, mark in self.marks().items() if name not in names)
+
     def marks(self) -> Mapping[str, Mark]:
         """What is here; before `open`, what the journal said when it was first asked."""
         if hasattr(self, "journal"):

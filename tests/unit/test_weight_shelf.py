@@ -83,6 +83,26 @@ def test_a_full_disk_makes_models_go_below_the_limit_too(
     assert _here(shelf) == {"m1"}
 
 
+def test_nothing_goes_where_it_would_not_make_room_enough(
+    tmp_path: Path, sources: list[SourceModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What else of the model itself is here counts; two others of three that are needed do not help."""
+    shelf = Shelf(tmp_path / "state", 100 * _MODEL_BYTES)
+    for source in sources[:2]:
+        source.put(shelf).close()
+    own = sources[2].put(shelf, sources[2].manifest.tensors[:7])
+    full = shutil._ntuple_diskusage(10**12, 10**12, 0)  # type: ignore[attr-defined]
+    roomy = shutil._ntuple_diskusage(10**12, 0, 10**12)  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full if "m1" in _here(shelf) else roomy)
+    with pytest.raises(ModelError, match=r"too little even without the 2\.2 MiB of other weights.*--state"):
+        shelf.make_room(own, (), 3 * _MODEL_BYTES, 3 * _MODEL_BYTES)
+    assert _here(shelf) == {"m0", "m1", "m2"}
+    assert all(own.is_verified(tensor) for tensor in sources[2].manifest.tensors[:7])
+    shelf.make_room(own, (), int(2.3 * _MODEL_BYTES), int(2.3 * _MODEL_BYTES))
+    assert _here(shelf) == {"m2"}
+    own.close()
+
+
 def test_without_a_limit_it_is_a_share_of_the_disk(tmp_path: Path) -> None:
     limit_bytes = Shelf(tmp_path / "state").limit_bytes()
     assert limit_bytes == int(shutil.disk_usage(tmp_path).total * 0.8)
