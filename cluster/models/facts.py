@@ -135,7 +135,7 @@ def read_facts(checkpoint: Checkpoint, bits: int | None = None) -> ModelFacts:
         head_bytes=embedding_bytes if tied else most_bytes_of(parts.head, backends, dtype),
         norm_bytes=most_bytes_of(parts.norm, backends, dtype),
         attention_width=_attention_width(parts, shape, family),
-        mlp_width=shape.mlp_width,
+        mlp_width=_mlp_width(parts, shape, family),
         formats=parts.formats,
         bits=bits,
         legal_cuts=legal_cuts(sources),
@@ -149,6 +149,12 @@ def read_facts(checkpoint: Checkpoint, bits: int | None = None) -> ModelFacts:
         scores_heads=shape.heads if family.writes_scores else 0,
         rewind=rewind_of(read_windows(family, config, shape.layer_count, where), has_states=family.states is not None),
     )
+
+
+def _mlp_width(parts: Parts, shape: Shape, family: Family) -> int:
+    """Where all layers have experts, configurations state the width of a dense MLP that no layer has."""
+    has_dense = any(family.dense_mlp[-1] in tensors for tensors in parts.layers.values())
+    return max(shape.experts_width, shape.dense_width if has_dense else 0)
 
 
 def _boundary(shape: Shape, dtype: DType) -> tuple[TensorSpec, ...]:

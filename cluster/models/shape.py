@@ -68,9 +68,9 @@ class Shape:
         return 2 * self.kv_heads * self.head_dim
 
     @property
-    def mlp_width(self) -> int:
-        """Elements of the MLP's inner state for each token, in the widest layer."""
-        return max(self.dense_width, self.expert_width * self.experts_used + self.shared_width)
+    def experts_width(self) -> int:
+        """Elements of the inner states of a token's experts."""
+        return self.expert_width * self.experts_used + self.shared_width
 
     def key_rows(self, attention: Attention) -> int | None:
         """Rows of the matrix that makes keys; None when layers differ."""

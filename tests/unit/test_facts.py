@@ -118,6 +118,13 @@ def test_the_number_of_experts_has_two_spellings(tmp_path: Path) -> None:
     assert facts_of(tmp_path, config, paper_tensors("qwen3_moe")).layers
 
 
+def test_a_dense_mlp_that_no_layer_has_takes_no_memory(tmp_path: Path) -> None:
+    """Its width is stated all the same."""
+    config = paper_config("qwen3_moe") | {"intermediate_size": 100_000}
+    facts = facts_of(tmp_path, config, paper_tensors("qwen3_moe"))
+    assert facts.mlp_width == config["num_experts_per_tok"] * config["moe_intermediate_size"]
+
+
 def packed_tensors() -> Tensors:
     """Llama as MLX packs it in 4 bits, in groups of 8."""
     tensors: Tensors = {}
