@@ -32,7 +32,8 @@ UNPACKED_BYTES_MAX: Final = 32 * MIB
 a GPU busy. A stage's workspace counts it."""
 
 UNPACKED_ON_CPU_BYTES_MAX: Final = 6 * MIB
-"""The same on a processor: 4 MiB where rows are unpacked, up to 6 where codes are put in the order of a kernel."""
+"""The same on a processor: 4 MiB where rows are unpacked; up to 6 where codes are put in the order of a kernel, or
+unpacked from it, which takes whole blocks of rows, some columns at a time."""
 
 STEP_ROWS_MAX: Final = 256
 """Rows in one step: more concurrent decoding sequences than LAN machines can serve."""

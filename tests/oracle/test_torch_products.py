@@ -3,6 +3,8 @@ as the type allows."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,10 @@ pytest.importorskip("mlx", reason="MLX packs the matrices")
 
 import mlx.core as mx
 from torch.nn.functional import embedding, linear
+from torch.profiler import ProfilerActivity, profile
 
 from cluster.errors import ModelError
+from cluster.limits import UNPACKED_ON_CPU_BYTES_MAX
 from node.engines.torch import int4, products
 from node.engines.torch.in_planes import in_planes
 from node.engines.torch.int4 import Order
@@ -261,6 +265,53 @@ def test_groups_whose_scale_is_zero_are_their_bias(bits: int) -> None:
     assert torch.equal(planes.product(torch.ones(1, COLUMNS).bfloat16()), torch.full((1, ROWS), COLUMNS).bfloat16())
 
 
+@needs_kernel
+@pytest.mark.parametrize("bits", BITS)
+def test_some_columns_at_a_time_are_the_same_matrix(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight where codes are put in order, and 256 where they are unpacked, of 22 groups."""
+    matrix, _ = affine(bits, 32, mx.bfloat16, columns=704)
+    whole, x = kernel(matrix), in_torch(random(100, 704, seed=1)).bfloat16()
+    assert whole is not None
+    unpacked = whole.product(x)
+    monkeypatch.setattr("node.engines.torch.in_planes._CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr("node.engines.torch.planes._CENTRED_ELEMENTS", 1)
+    monkeypatch.setattr("node.engines.torch.planes._SCALING_BYTES", 1)
+    found = kernel(matrix)
+    assert found is not None
+    assert torch.equal(found.codes, whole.codes)
+    assert torch.equal(found.product(x), unpacked)
+    assert torch.equal(found.product(x[:3]), whole.product(x[:3]))
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    assert profiled.profiler is not None
+    here = [event.nbytes() for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(here))
+
+
+@needs_kernel
+@pytest.mark.parametrize("bits", [6, 8])
+@pytest.mark.parametrize(("rows", "columns"), [(128, 28672), (16384, 2048), (64, 57344)])
+def test_what_planes_take_beside_them_is_bounded(bits: int, rows: int, columns: int) -> None:
+    """Of wide matrices and of large ones: in order, and multiplied with one row of input and many."""
+    torch.manual_seed(0)
+    codes = torch.randint(0, 256, (rows, columns * bits // 8), dtype=torch.uint8)
+    scales = torch.ones(rows, columns // 32).bfloat16()
+    made: list[Planes | None] = []
+    packed = Affine(codes, scales, -scales * 2 ** (bits - 1), bits)
+    loaded_bytes = peak_bytes(lambda: made.extend(in_planes([packed], torch.bfloat16, looked_up=False) or ()))
+    (planes,) = made
+    assert planes is not None
+    assert loaded_bytes - planes.scaling.nbytes <= UNPACKED_ON_CPU_BYTES_MAX
+    for tokens in (1, 80):
+        x = torch.ones(tokens, columns).bfloat16()
+        copies = 1 if columns <= 28672 and tokens > 1 else 2  # of the input, once for each plane in the kernel
+        beside_bytes = peak_bytes(lambda x=x: planes.product(x)) - copies * x.nbytes - 2 * tokens * rows
+        assert beside_bytes <= UNPACKED_ON_CPU_BYTES_MAX, tokens
+
+
 def test_a_group_whose_scale_is_no_number_stays_so() -> None:
     """Its file is damaged; the general path's products would show it."""
     matrix, _ = affine(8, 64, mx.bfloat16)
@@ -281,15 +332,9 @@ def test_what_the_kernel_does_not_compute_is_left_to_the_general_path(unfit: Aff
 
 
 @needs_kernel
-def test_an_order_that_is_not_known_is_enough_for_planes_of_four_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many rows of input are the kernel's then as well."""
+def test_planes_need_an_order_that_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("node.engines.torch.int4.order_of_codes", lambda: None)
-    assert kernel(affine(6)[0]) is kernel(affine(4)[0], looked_up=True) is None
-    matrix, numbers = affine(8, 64, mx.bfloat16)
-    planes, x = kernel(matrix), in_torch(random(100, COLUMNS, seed=1)).bfloat16()
-    assert planes is not None
-    exact = x.float() @ numbers.T
-    assert relative_error(planes.product(x), exact) <= relative_error(linear(x, numbers.bfloat16()), exact)
+    assert kernel(affine(6)[0]) is kernel(affine(4)[0]) is None
 
 
 @pytest.mark.parametrize(

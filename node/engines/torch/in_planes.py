@@ -7,16 +7,19 @@ does not compute. Knows nothing of files or models.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from node.engines.torch import int4
 from node.engines.torch.packed import Affine, codes_of
-from node.engines.torch.planes import PLANES, Plane, Planes, middle_of
+from node.engines.torch.planes import PLANES, Planes, middle_of
 
 _CHUNK_ELEMENTS = 1 << 16
 """Unpacked at a time while codes are put in order, 256 KiB of int32, so that a load leaves no holes in memory."""
+
+_COLUMNS_MAX = 1 << 16
+"""A block of 64 rows is put in order aside, in up to 4 MiB then. The widest matrices of known models have 53,248."""
 
 _SCALE_MIN = 2.0**-100
 """Planes multiply scales by adding to their exponents, which a zero has none of. No sum notices such a number."""
@@ -33,44 +36,48 @@ def in_planes(matrices: Sequence[Affine], dtype: torch.dtype, *, looked_up: bool
         if scaling is None:
             return None
         scalings.append(scaling)
+    order = int4.order_of_codes()
+    assert order is not None, "no matrix fits where it is not known"
     for matrix in matrices:
-        _reorder(matrix)
+        _reorder(matrix, order)
     return [Planes(matrix.codes, scaling, matrix.bits) for matrix, scaling in zip(matrices, scalings, strict=True)]
 
 
 def _fits(matrix: Affine, *, looked_up: bool) -> bool:
-    planes = PLANES.get(matrix.bits)
-    if planes is None or matrix.codes.device.type != "cpu" or not int4.is_usable():
+    planes, order = PLANES.get(matrix.bits), int4.order_of_codes()
+    if planes is None or order is None or matrix.codes.device.type != "cpu" or not int4.is_usable():
         return False
-    if looked_up or any(plane.pieces > 1 for plane in planes):
-        order = int4.order_of_codes()
-        if order is None or matrix.rows % (2 * order.stride):
-            return False
+    if (looked_up or any(plane.pieces > 1 for plane in planes)) and matrix.rows % (2 * order.stride):
+        return False
+    if matrix.columns > _COLUMNS_MAX:
+        return False
     return matrix.columns // matrix.scales.shape[1] in int4.GROUPS and matrix.rows % int4.ROWS == 0
 
 
-def _reorder(matrix: Affine) -> None:
-    step = max(1, _CHUNK_ELEMENTS // (matrix.columns * int4.ROWS_IN_ORDER)) * int4.ROWS_IN_ORDER
-    planes = PLANES[matrix.bits]
-    for first in range(0, matrix.rows, step):
-        part = matrix.codes[first : first + step]
-        codes = codes_of(part, matrix.bits)
-        wide = torch.cat([(codes >> plane.lowest) << (4 - plane.bits) & 15 for plane in planes], dim=1)
-        ordered = int4.in_order(wide)
-        if any(plane.pieces > 1 for plane in planes):
-            ordered = _in_pieces(ordered, planes)
+def _reorder(matrix: Affine, order: int4.Order) -> None:
+    """One block of rows after another, some columns at a time: in a block the kernel takes column after column."""
+    bits, block = matrix.bits, 2 * order.stride
+    for first in range(0, matrix.rows, block):
+        part = matrix.codes[first : first + block]
+        ordered = torch.zeros(part.numel(), dtype=torch.uint8)
+        for begin, end in _spans(matrix.columns, len(part), bits):
+            codes, start = codes_of(part[:, begin * bits // 8 : end * bits // 8], bits), 0
+            for plane in PLANES[bits]:
+                width = matrix.columns // plane.pieces
+                piece, column = divmod(begin, width)
+                found = int4.in_order((codes >> plane.lowest) << (4 - plane.bits) & 15).flatten()
+                place = ordered[start + column * len(part) // 2 :][: found.numel()]
+                place |= found >> (piece * plane.bits)
+                start += width * len(part) // 2
         part.copy_(ordered.view(part.shape))
 
 
-def _in_pieces(ordered: torch.Tensor, planes: tuple[Plane, ...]) -> torch.Tensor:
-    order = int4.order_of_codes()
-    assert order is not None, "only matrices whose order is known are in pieces"
-    blocks = ordered.view(len(ordered) // (2 * order.stride), len(planes), -1)
-    found = []
-    for plane, part in zip(planes, blocks.unbind(1), strict=True):
-        pieces = part.unflatten(1, (plane.pieces, -1))
-        found.append(sum(pieces[:, piece] >> (piece * plane.bits) for piece in range(plane.pieces)))
-    return torch.cat(found, dim=1)
+def _spans(columns: int, rows: int, bits: int) -> Iterator[tuple[int, int]]:
+    """Columns of whole bytes, none of which lie in two pieces."""
+    width, step = columns // max(plane.pieces for plane in PLANES[bits]), max(8, _CHUNK_ELEMENTS // rows // 8 * 8)
+    for first in range(0, columns, width):
+        for begin in range(first, first + width, step):
+            yield begin, min(begin + step, first + width)
 
 
 def _scaling(matrix: Affine) -> torch.Tensor | None:

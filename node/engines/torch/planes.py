@@ -20,8 +20,18 @@ from node.engines.torch import int4
 _EXPANDED_BYTES = 1 << 20
 """Of planes that are taken apart at a time: half of what a core's cache holds."""
 
+_SCALING_BYTES = 4 << 20
+"""Of scales and zeros of planes that are made at a time."""
+
 _UNPACKED_ELEMENTS = 1 << 19
-"""Unpacked at a time for many rows of input: their float32 are what a core's cache holds."""
+"""Unpacked at a time for many rows of input, or a block of rows: their float32 are what a core's cache holds."""
+
+_CENTRED_ELEMENTS = 1 << 18
+"""Of these on their way, in some columns."""
+
+_UNPACKED_COLUMNS_MAX = 7 << 12
+"""Of a matrix that is unpacked: a block of 64 rows takes 3.7 MiB then, which the limit allows with what is on its way.
+The kernel computes wider ones however many the rows of input are."""
 
 _KERNEL_ROWS: Final[Mapping[str, Mapping[int, int]]] = {"AVX2": {1: 64, 2: 24}, "AVX512": {1: 512, 2: 56}}
 """By a processor's width and planes: rows of input up to which the kernel takes less time than unpacking and a plain
@@ -87,19 +97,18 @@ class Planes:
         """bfloat16 [..., rows] of bfloat16 [..., columns]."""
         flat, planes = x.reshape(-1, self.columns).contiguous(), PLANES[self.bits]
         order = int4.order_of_codes()
-        if flat.shape[0] > _kernel_rows(len(planes)) and order is not None and self.rows % (2 * order.stride) == 0:
+        assert order is not None, "only matrices whose order is known are made"
+        are_many = flat.shape[0] > _kernel_rows(len(planes)) and self.columns <= _UNPACKED_COLUMNS_MAX
+        if are_many and self.rows % (2 * order.stride) == 0:
             product = self._product_with_unpacked(flat, order)
-        elif all(plane.bits == 4 for plane in planes):
-            product = int4.product(_repeated(flat, len(planes)), self.codes, self._scaling(slice(None)))
         else:
-            assert order is not None, "only matrices whose order is known are in pieces"
-            product = self._product_with_expanded(_repeated(flat, len(planes)), order)
+            product = self._product_by_kernel(_repeated(flat, len(planes)), order)
         return product.view(*x.shape[:-1], self.rows)
 
     def values(self, rows: torch.Tensor) -> torch.Tensor:
         """float32 [rows, columns] of the rows with these indexes."""
         order = int4.order_of_codes()
-        assert order is not None, "only matrices whose order is known are looked up"
+        assert order is not None, "only matrices whose order is known are made"
         block, bytes_per_row = 2 * order.stride, self.codes.shape[1]
         starts = rows // block * (block * bytes_per_row) + torch.tensor(order.offsets)[rows % block]
         shifts = torch.tensor(order.shifts, dtype=torch.uint8)[rows % block, None]
@@ -134,34 +143,53 @@ class Planes:
         scales, zeros = scaling.float().unbind(-1)
         return scales, zeros - middle_of(self.bits) * scales
 
-    def _product_with_expanded(self, wide: torch.Tensor, order: int4.Order) -> torch.Tensor:
-        product, block = wide.new_empty((wide.shape[0], self.rows)), 2 * order.stride
-        step = max(1, _EXPANDED_BYTES // (wide.shape[1] * order.stride)) * block
+    def _product_by_kernel(self, wide: torch.Tensor, order: int4.Order) -> torch.Tensor:
+        """bfloat16 [tokens, rows] of the input once for each plane; scales for all rows of a large matrix would be an
+        eighth of it."""
+        planes, in_pieces = PLANES[self.bits], any(plane.pieces > 1 for plane in PLANES[self.bits])
+        if in_pieces:
+            step = max(1, _EXPANDED_BYTES // (wide.shape[1] * order.stride)) * 2 * order.stride
+        else:
+            bytes_per_row = 4 * len(planes) * self.scaling.shape[0]
+            step = max(1, _SCALING_BYTES // (bytes_per_row * int4.ROWS_IN_ORDER)) * int4.ROWS_IN_ORDER
+            if len(planes) == 1 or step >= self.rows:
+                return int4.product(wide, self.codes, self._scaling(slice(None)))
+        product = wide.new_empty((wide.shape[0], self.rows))
         for first in range(0, self.rows, step):
             rows = slice(first, min(first + step, self.rows))
-            product[:, rows] = int4.product(wide, self._expanded(rows, order), self._scaling(rows))
+            codes = self._expanded(rows, order) if in_pieces else self.codes[rows]
+            product[:, rows] = int4.product(wide, codes, self._scaling(rows))
         return product
 
     def _expanded(self, rows: slice, order: int4.Order) -> torch.Tensor:
         """uint8 [rows, planes * columns / 2]: what the kernel takes of whole blocks of rows."""
+        words = self._words(rows, slice(0, self.columns), order)
+        return words.view(torch.uint8).view(rows.stop - rows.start, -1)
+
+    def _words(self, rows: slice, columns: slice, order: int4.Order) -> torch.Tensor:
+        """int64 [blocks, planes, columns * stride / 8]: eight bytes at a time of whole blocks of rows."""
         planes, part = PLANES[self.bits], self.codes[rows]
+        begin, end, size = (column * order.stride // 8 for column in (columns.start, columns.stop, self.columns))
+        # A row need not end with a word, but a block does.
+        words = part.flatten().view(torch.int64).view(part.shape[0] // (2 * order.stride), -1)
         if all(plane.bits == 4 for plane in planes):
-            return part
-        count, size = part.shape[0], self.columns * order.stride // 8  # words of eight bytes in a plane of a block
-        words = part.flatten().view(torch.int64).view(count // (2 * order.stride), -1)  # a row need not end with a word
-        expanded = words.new_empty((len(words), len(planes), size))
-        begin = 0
+            return words.view(len(words), len(planes), size)[..., begin:end]
+        expanded = words.new_empty((len(words), len(planes), end - begin))
         for index, plane in enumerate(planes):
-            found = words[:, begin : begin + size // plane.pieces]
-            begin += size // plane.pieces
-            pieces = expanded[:, index].view(len(words), plane.pieces, -1)
+            width = size // plane.pieces
             for piece in range(plane.pieces):
+                low, high = max(begin, piece * width), min(end, (piece + 1) * width)
+                if low >= high:
+                    continue
+                found = words[:, low - piece * width : high - piece * width]
+                place = expanded[:, index, low - begin : high - begin]
                 if piece == 0:
-                    torch.bitwise_and(found, plane.mask, out=pieces[:, piece])
+                    torch.bitwise_and(found, plane.mask, out=place)
                 else:
-                    torch.bitwise_left_shift(found, piece * plane.bits, out=pieces[:, piece])
-                    pieces[:, piece] &= plane.mask
-        return expanded.view(torch.uint8).view(count, -1)
+                    torch.bitwise_left_shift(found, piece * plane.bits, out=place)
+                    place &= plane.mask
+            words = words[:, width:]
+        return expanded
 
     def _product_with_unpacked(self, flat: torch.Tensor, order: int4.Order) -> torch.Tensor:
         """Zeros are multiplied with the inputs' sums over each group; two numbers hold a sum more exactly than one."""
@@ -188,19 +216,24 @@ class Planes:
         scaling = self.scaling[:, rows].unflatten(1, (-1, 2 * stride))
         scaling = scaling if order.rows is None else scaling[:, :, order.rows]
         scales = (scaling[..., 0] * 2.0 ** (self.bits - 8)).view(groups, -1, 2, 1, stride).permute(1, 2, 0, 3, 4)
-        numbers = room.numbers[: count * self.columns].copy_(self._centred(rows, order, room))
         unpacked = room.unpacked[: count * (self.columns + 2 * groups)].view(-1, count)
         weights, zeros = unpacked[: self.columns], unpacked[self.columns :]
-        weights = weights.view(groups, -1, count // (2 * stride), 2, stride).permute(2, 3, 0, 1, 4)
-        torch.mul(numbers.view(-1, 2, groups, self.columns // groups, stride), scales, out=weights)
+        group, step = self.columns // groups, _columns_at_once(count)
+        for first in range(0, self.columns, step):
+            columns = slice(first, min(first + step, self.columns))
+            some = slice(columns.start // group, columns.stop // group)
+            centred = self._centred(rows, columns, order, room)
+            numbers = room.numbers[: centred.numel()].copy_(centred).view(-1, 2, some.stop - some.start, group, stride)
+            part = weights[columns].view(-1, group, count // (2 * stride), 2, stride).permute(2, 3, 0, 1, 4)
+            torch.mul(numbers, scales[:, :, some], out=part)
         zeros.view(2, groups, -1, 2 * stride).copy_(scaling[..., 1])
         return unpacked
 
-    def _centred(self, rows: slice, order: int4.Order, room: Room) -> torch.Tensor:
+    def _centred(self, rows: slice, columns: slice, order: int4.Order, room: Room) -> torch.Tensor:
         """int8 [blocks x 2 x columns x stride]: codes as the highest bits of a byte, less the byte in the middle."""
         planes = PLANES[self.bits]
-        words = self._expanded(rows, order).view(torch.int64).view(-1, len(planes), self.columns * order.stride // 8)
-        halves = room.words[: (rows.stop - rows.start) * self.columns // 8].view(len(words), 2, -1)
+        words = self._words(rows, columns, order)
+        halves = room.words[: 2 * len(words) * words.shape[-1]].view(len(words), 2, -1)
         # The highest plane first, all of whose bits stay at the top.
         torch.bitwise_left_shift(words[:, -1], 4, out=halves[:, 0])
         halves[:, 0] &= _in_each_byte(0xF0)
@@ -223,9 +256,10 @@ class Room:
 
     @classmethod
     def for_rows(cls, rows: int, columns: int, groups: int) -> Room:
+        some = rows * min(columns, _columns_at_once(rows))
         return cls(
-            torch.empty(rows * columns // 8, dtype=torch.int64),
-            torch.empty(rows * columns, dtype=torch.bfloat16),
+            torch.empty(some // 8, dtype=torch.int64),
+            torch.empty(some, dtype=torch.bfloat16),
             torch.empty(rows * (columns + 2 * groups), dtype=torch.bfloat16),
         )
 
@@ -237,6 +271,12 @@ def middle_of(bits: int) -> int:
 
 def _kernel_rows(planes: int) -> int:
     return _KERNEL_ROWS.get(torch.backends.cpu.get_cpu_capability(), _KERNEL_ROWS["AVX2"])[planes]
+
+
+def _columns_at_once(rows: int) -> int:
+    """Whole groups, however wide they are."""
+    widest = max(int4.GROUPS)
+    return max(1, _CENTRED_ELEMENTS // (rows * widest)) * widest
 
 
 def _repeated(flat: torch.Tensor, count: int) -> torch.Tensor:
