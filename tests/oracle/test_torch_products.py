@@ -4,6 +4,7 @@ as the type allows."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -131,6 +132,17 @@ def test_rows_are_looked_up(packed: tuple[Packed, torch.Tensor]) -> None:
     matrix, exact = packed
     ids = torch.tensor([[3, 191], [0, 3]])
     assert torch.equal(embedding(ids, Whole(matrix, torch.float32)), exact[ids])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_long_prompt_is_looked_up_some_rows_at_a_time(bits: int) -> None:
+    matrix, _ = affine(bits, 64, mx.bfloat16)
+    for packed in (matrix, kernel(matrix, looked_up=True)):
+        if packed is not None:
+            whole, ids = Whole(packed, torch.bfloat16), torch.arange(1 << 15) % 64
+            found_bytes = 2 * len(ids) * COLUMNS
+            assert peak_bytes(partial(embedding, ids, whole)) <= found_bytes + UNPACKED_ON_CPU_BYTES_MAX
+            assert torch.equal(embedding(ids, whole)[:64], embedding(ids[:64], whole))  # type: ignore[arg-type]
 
 
 def test_columns_may_be_packed_in_another_order() -> None:

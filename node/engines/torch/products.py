@@ -94,15 +94,20 @@ class Whole(_InPlaceOfATensor):
 
     def looked_up(self, rows: torch.Tensor) -> torch.Tensor:
         """The rows with these indexes, [..., inputs]."""
-        flat = rows.flatten()
-        values = self.packed.values(flat) if isinstance(self.packed, Planes) else gathered(self.packed, flat).values()
-        if self.order is not None:
-            values = torch.empty_like(values).index_copy_(1, self.order.long(), values)
-        return values.to(self.dtype).view(*rows.shape, -1)
+        found = torch.empty((rows.numel(), self.shape[1]), dtype=self.dtype, device=self.device)
+        for part, place in zip(rows.flatten().split(self._step()), found.split(self._step()), strict=True):
+            place.copy_(self._rows(part))
+        return found.view(*rows.shape, -1)
 
     def unpacked(self, first: int, last: int) -> torch.Tensor:
         """Rows [first, last)."""
-        return self.looked_up(torch.arange(first, last, device=self.device))
+        return self._rows(torch.arange(first, last, device=self.device))
+
+    def _rows(self, rows: torch.Tensor) -> torch.Tensor:
+        values = self.packed.values(rows) if isinstance(self.packed, Planes) else gathered(self.packed, rows).values()
+        if self.order is not None:
+            values = torch.empty_like(values).index_copy_(1, self.order.long(), values)
+        return values.to(self.dtype)
 
     def _step(self) -> int:
         return max(1, _CHUNK_ELEMENTS.get(self.device.type, _CHUNK_ELEMENTS_ELSEWHERE) // self.shape[1])
