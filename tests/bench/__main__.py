@@ -61,6 +61,8 @@ EVERY_FORM = {1, 2, 3, 5}
 """What is measured on every form; the rest on the first one only."""
 ONLY = {FORMS["hybrid"]: {5}}
 """Forms for the sake of one target."""
+COMPARED = {1, 2, 3, 6, 10}
+"""What llama.cpp is measured on as well; the others do without its arms, and without its form of their model."""
 
 
 def main() -> int:
@@ -94,7 +96,7 @@ def _measure(table: Table, form: Form, wanted: Sequence[int], effort: Effort, op
     with ExitStack() as stack:
         state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="potluck-bench-")))
         try:
-            others = stack.enter_context(llama_arms(form)) if options.peers else {}
+            others = stack.enter_context(llama_arms(form)) if options.peers and COMPARED & set(wanted) else {}
             bench = stack.enter_context(bench_of(form, effort, state, backend=options.backend, others=others))
         except (PotluckError, AssertionError, OSError) as error:
             why = str(error)
