@@ -58,7 +58,7 @@ _HELD: Final = {
         scores_bytes=0,
         scores_copies=3,
         lingering=4,
-        widened=7,
+        widened=9,
     ),
 }
 
