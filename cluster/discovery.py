@@ -74,7 +74,7 @@ class Advertiser:
         try:
             # The label holds the id's start, so a clash is another node with our id; renamed, both stay visible.
             await (await opened.async_register_service(self._service, allow_name_change=True))
-        except BaseException:
+        except BaseException:  # cancelled, too: nobody else knows of its sockets
             await opened.async_close()
             raise
         self._zeroconf = opened

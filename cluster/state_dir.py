@@ -39,7 +39,7 @@ class StateDir:
         self._lock_fd = _open_lock(self.path / _LOCK_NAME)
         try:
             _take_lock(self._lock_fd, self.path)
-        except BaseException:
+        except BaseException:  # nobody has this object, so nobody else would close it
             os.close(self._lock_fd)
             raise
 

@@ -210,7 +210,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(name, path)
-    except BaseException:
+    except BaseException:  # interrupted, too: no part of a file stays behind
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise

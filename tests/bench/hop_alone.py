@@ -7,15 +7,13 @@ Usage of the children: python -m tests.bench.hop_alone HOST, or ADDRESS BYTES RO
 from __future__ import annotations
 
 import asyncio
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from statistics import fmean
 
-from cluster.errors import ClusterError
-from cluster.transport import ByteStream, Credentials, create_server, data_service, open_stream
-from tests.bench.cores import node_core, pinned
+from cluster.transport import ByteStream, Credentials, open_stream
+from tests.bench.two_ends import answer, number_between
 
 _ROUND_TRIPS = 2000
 
@@ -25,21 +23,8 @@ def hop_alone(
 ) -> float:
     """Mean seconds of one hop, each end on a node's core: over loopback, or to the machine `host`, on which commands
     run behind `there`."""
-    command = [sys.executable, "-m", "tests.bench.hop_alone"]
-    echoing = [*there, *pinned([node_core(0)]), *command, host]
-    with subprocess.Popen(echoing, stdout=subprocess.PIPE, text=True) as echo:
-        try:
-            assert echo.stdout is not None
-            address = echo.stdout.readline().strip()
-            done = subprocess.run(
-                [*pinned([node_core(1)]), *command, address, str(payload_bytes), str(round_trips)],
-                capture_output=True, text=True, timeout=120, check=False,
-            )  # fmt: skip
-        finally:
-            echo.kill()
-    if done.returncode != 0:
-        raise ClusterError(f"a hop could not be measured alone: {done.stderr[-500:]}")
-    return float(done.stdout)
+    numbers = (payload_bytes, round_trips)
+    return number_between("tests.bench.hop_alone", numbers, host=host, there=there)
 
 
 async def _echo(host: str) -> None:
@@ -47,13 +32,7 @@ async def _echo(host: str) -> None:
         while (message := await stream.read()) is not None:
             await stream.write(message)
 
-    server = create_server()
-    server.add_generic_rpc_handlers([data_service(handler)])
-    port = Credentials().bind(server, f"{host}:0")
-    await server.start()
-    sys.stdout.write(f"{host}:{port}\n")
-    sys.stdout.flush()
-    await server.wait_for_termination()
+    await answer(host, handler)
 
 
 async def _ask(address: str, payload_bytes: int, round_trips: int) -> None:

@@ -9,16 +9,14 @@ Usage of the children: python -m tests.bench.trip HOST, or ADDRESS BYTES HERE_S 
 from __future__ import annotations
 
 import asyncio
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from statistics import fmean
 
-from cluster.errors import ClusterError
-from cluster.transport import ByteStream, Credentials, create_server, data_service, open_stream
-from tests.bench.cores import node_core, pinned
+from cluster.transport import ByteStream, Credentials, open_stream
 from tests.bench.link import Direction, Link
+from tests.bench.two_ends import answer, number_between
 
 _OUTCOME = bytes(128)
 _RESULTS = b"results"
@@ -51,23 +49,7 @@ def trip_alone(
     payload_bytes: int, pauses_s: tuple[float, float], *, host: str, there: Sequence[str], trips: int
 ) -> float:
     """Mean seconds of both ways, measured between this machine and `host`, on which commands run behind `there`."""
-    command = [sys.executable, "-m", "tests.bench.trip"]
-    with subprocess.Popen(
-        [*there, *pinned([node_core(1)]), *command, host], stdout=subprocess.PIPE, text=True
-    ) as answering:
-        try:
-            assert answering.stdout is not None
-            address = answering.stdout.readline().strip()
-            numbers = map(str, (payload_bytes, *pauses_s, trips))
-            done = subprocess.run(
-                [*pinned([node_core(0)]), *command, address, *numbers],
-                capture_output=True, text=True, timeout=300, check=False,
-            )  # fmt: skip
-        finally:
-            answering.kill()
-    if done.returncode != 0:
-        raise ClusterError(f"a trip could not be measured alone: {done.stderr[-500:]}")
-    return float(done.stdout)
+    return number_between("tests.bench.trip", (payload_bytes, *pauses_s, trips), host=host, there=there)
 
 
 async def _answer(host: str) -> None:
@@ -83,13 +65,7 @@ async def _answer(host: str) -> None:
             await asyncio.sleep(float(message[:32]))
             await back.write(_OUTCOME)
 
-    server = create_server()
-    server.add_generic_rpc_handlers([data_service(handler)])
-    port = Credentials().bind(server, f"{host}:0")
-    await server.start()
-    sys.stdout.write(f"{host}:{port}\n")
-    sys.stdout.flush()
-    await server.wait_for_termination()
+    await answer(host, handler)
 
 
 async def _ask(address: str, payload_bytes: int, pauses_s: tuple[float, float], trips: int) -> None:
