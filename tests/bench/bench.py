@@ -6,7 +6,7 @@ Loads that several targets need are measured once and remembered.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,13 +16,16 @@ from tests.bench.cores import node_core
 from tests.bench.hop_alone import hop_alone
 from tests.bench.loads import IN_TOKENS, Effort, run_load
 from tests.bench.model import Form
-from tests.bench.stage_alone import Shot, passes_alone, passes_together, stage_alone
+from tests.bench.stage_alone import Shot, StageProcess, passes_alone, stage_alone
 
 ONE, TWO = "one node", "two nodes"
 RPC, LLAMA, LLAMA_ONE = "llama.cpp RPC", "llama.cpp", "llama.cpp, one core"
 """Arms by name. Ours on one and two nodes; llama.cpp over two nodes, in one process with both cores, and on one."""
 
 Passes = tuple[float, ...]
+
+Timing = Callable[[Sequence[StageProcess], Shot], Passes]
+"""How stages are timed: while the others rest, in turn with them, or while all compute."""
 
 
 @dataclass(slots=True)
@@ -33,7 +36,7 @@ class Bench:
     effort: Effort
     arms: Mapping[str, Arm]
     backend: str = "torch"
-    _alone: dict[tuple[tuple[tuple[int, int], ...], Shot, bool], Passes] = field(default_factory=dict)
+    _alone: dict[tuple[tuple[tuple[int, int], ...], Shot, Timing], Passes] = field(default_factory=dict)
     _loads: dict[Load, Mapping[str, list[Result]]] = field(default_factory=dict)
     _hops: dict[int, float] = field(default_factory=dict)
 
@@ -69,14 +72,14 @@ class Bench:
             self._hops[tokens] = hop_alone(width * tokens)
         return self._hops[tokens]
 
-    def passes(self, arm: str, shot: Shot, *, together: bool = False) -> Passes:
-        """The pass of each of the arm's stages by itself; `together` with all of them computing."""
-        return self.measure_alone(arm, [shot], together=together)[0]
+    def passes(self, arm: str, shot: Shot, timed: Timing = passes_alone) -> Passes:
+        """The pass of each of the arm's stages by itself."""
+        return self.measure_alone(arm, [shot], timed)[0]
 
-    def measure_alone(self, arm: str, shots: Sequence[Shot], *, together: bool = False) -> list[Passes]:
+    def measure_alone(self, arm: str, shots: Sequence[Shot], timed: Timing = passes_alone) -> list[Passes]:
         """Several at once, as loading a stage costs more than timing it."""
         cuts = self.arm(arm).stages
-        keys = [(cuts, shot, together) for shot in shots]
+        keys = [(cuts, shot, timed) for shot in shots]
         if any(key not in self._alone for key in keys):
             with contextlib.ExitStack() as stack:
                 stages = [
@@ -84,7 +87,6 @@ class Bench:
                     for index, cut in enumerate(cuts)
                 ]
                 for key in keys:
-                    timed = passes_together if together else passes_alone
                     self._alone[key] = self._alone.get(key) or timed(stages, key[1])
         return [self._alone[key] for key in keys]
 

@@ -26,9 +26,11 @@ _METHOD = """## Method
   tokens in and 128 out, greedy, prompts of random words that no cache has seen.
 - **The ceiling** is what stage passes and hops, measured alone, allow: the plan's own slices, each loaded by itself on
   one core, decoding at the load's mean context; for loads that keep all stages busy, with every stage computing at the
-  same time. The ceiling of a row knows no scheduler, no HTTP and no tokenizer.
+  same time; for one user on two nodes, with each stage resting while the other computes, because a core that has slept
+  computes slower for a while. The ceiling of a row knows no scheduler, no HTTP and no tokenizer.
 - **A hop** is one message from process to process: a token takes one into every stage and one back to the coordinator.
-  Alone, it is half of a round trip of as many bytes over the same kind of stream, with nothing at its ends.
+  Alone, it is half of a round trip of as many bytes over the same kind of stream, between two processes that do nothing
+  but read through 64 MiB before they send: whatever a hop needs is no longer in a cache then, as between stages.
 - **Links** are emulated by one process that carries frames of at most 9,000 bytes between two TAP devices, in order: so
   many bytes a second, so much later, and on the Wi-Fi some later still, which holds up those behind them. The ceiling
   counts a token's way over the same emulation, measured alone with pauses for the stages' passes, so what the emulator

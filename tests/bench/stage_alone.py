@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -39,12 +39,14 @@ _KV_TOKENS, _CONTEXT = 20_480, 5120
 
 @dataclass(frozen=True, slots=True)
 class Shot:
-    """What is timed: `rows` sequences that already have `context` positions get `tokens` new ones each."""
+    """What is timed: `rows` sequences that already have `context` positions get `tokens` new ones each. The stage rests
+    for `rest_s` before each pass, as it does where one step is in flight: a core that has slept computes slower."""
 
     rows: int
     context: int
     tokens: int = 1
-    seconds: float = 1.5  # passes are repeated for this long
+    seconds: float = 1.5  # passes are repeated for so long, rests left out
+    rest_s: float = 0.0
 
 
 class StageProcess:
@@ -91,6 +93,15 @@ def passes_alone(stages: Sequence[StageProcess], shot: Shot) -> tuple[float, ...
         stage.begin(shot)
         found.append(stage.result()["seconds"])
     return tuple(found)
+
+
+def passes_in_turn(stages: Sequence[StageProcess], shot: Shot) -> tuple[float, ...]:
+    """Each stage's pass where it rests while the others compute theirs."""
+    alone = passes_alone(stages, shot)
+    return tuple(
+        passes_alone([stage], replace(shot, rest_s=sum(alone) - own))[0]
+        for stage, own in zip(stages, alone, strict=True)
+    )
 
 
 def passes_together(stages: Sequence[StageProcess], shot: Shot) -> tuple[float, ...]:
@@ -141,12 +152,14 @@ class _Timer:
         seqs = [SequenceId(1 + index) for index in range(shot.rows)]
         length = self._fill(seqs, shot.context)
         until_s = time.perf_counter() + shot.seconds
-        while time.perf_counter() < until_s or len(walls) < _PASSES_MIN:
+        while time.perf_counter() < until_s + len(walls) * shot.rest_s or len(walls) < _PASSES_MIN:
             if shot.tokens > 1 and walls:
                 self._run([], drop=seqs)
                 length = self._fill(seqs, shot.context)
             rows = [self._row(seq, length, shot.tokens) for seq in seqs]
             tensors = self._tensors(rows)
+            if shot.rest_s:
+                time.sleep(shot.rest_s)
             cpu_s, began_s = time.process_time(), time.perf_counter()
             self._run(rows, tensors)
             walls.append(time.perf_counter() - began_s)

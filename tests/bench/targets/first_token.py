@@ -6,7 +6,7 @@ from tests.bench import ceilings
 from tests.bench.bench import ONE, RPC, TWO, Bench
 from tests.bench.loads import first_s, interleaved
 from tests.bench.rows import Row, at_most
-from tests.bench.stage_alone import Shot
+from tests.bench.stage_alone import Shot, passes_together
 
 PROMPT = 2048
 CHUNKS = (128, 256, 512)
@@ -26,7 +26,7 @@ def rows(bench: Bench) -> list[Row]:
     )
     one_s, two_s = first_s(answers[ONE]), first_s(answers[TWO])
     alone = bench.measure_alone(ONE, shots(bench))
-    together = bench.measure_alone(TWO, shots(bench), together=True)
+    together = bench.measure_alone(TWO, shots(bench), passes_together)
     best_one_s = min(ceilings.prompt_s(p, PROMPT, c, 0.0) for p, c in zip(alone, CHUNKS, strict=True))
     best_two_s = min(
         ceilings.prompt_s(p, PROMPT, c, bench.hops_s(TWO, c)) for p, c in zip(together, CHUNKS, strict=True)

@@ -13,6 +13,7 @@ from tests.bench import ceilings
 from tests.bench.bench import TWO, Bench
 from tests.bench.link import CABLE, WIFI, Link, linked, missing
 from tests.bench.rows import Row, at_most, unmeasured
+from tests.bench.stage_alone import passes_in_turn, passes_together
 from tests.bench.targets.first_token import CHUNKS, PROMPT, shots
 from tests.bench.trip import floor_s
 
@@ -29,7 +30,7 @@ def rows(bench: Bench) -> list[Row]:
 
 def _link_rows(bench: Bench, link: Link) -> list[Row]:
     width = int(bench.arm(TWO).status()["plan"]["boundary_bytes"])
-    passes = bench.passes(TWO, bench.shot(1))
+    passes = bench.passes(TWO, bench.shot(1), passes_in_turn)
     found = _measured(bench, link, passes, [width, *(width * chunk for chunk in CHUNKS)])
     if [tuple(stage) for stage in found["stages"]] != list(bench.arm(TWO).stages):
         raise ClusterError(f"the plan over {link.name} cuts the model elsewhere: {found['stages']}")
@@ -37,7 +38,7 @@ def _link_rows(bench: Bench, link: Link) -> list[Row]:
     trip_s = float(found["trip_s"])
     here_s = bench.hop_s()  # into the first stage, which is beside the coordinator
     best_token_s = ceilings.token_s(passes, here_s + trip_s)
-    together = bench.measure_alone(TWO, shots(bench), together=True)
+    together = bench.measure_alone(TWO, shots(bench), passes_together)
     best_first_s = min(
         ceilings.prompt_s(passes, PROMPT, chunk, here_s + crossing[width * chunk] + crossing[width])
         for passes, chunk in zip(together, CHUNKS, strict=True)
