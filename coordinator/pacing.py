@@ -1,10 +1,10 @@
 """How many prompt tokens a step takes, from what steps have cost so far.
 
 Owns a small model of a step's time on the slowest stage: a fixed part, a part for each decode row, a part for each
-prompt token. While answers run, a step may take a little over twice the time that it takes without a prompt, so that
-their readers hardly notice one. While none runs, chunks are as large as is useful: large enough to be efficient, small
-enough that whoever comes next does not wait long, and that all stages have one to work on. Pure; its only clock is the
-times that it is told.
+prompt token. While answers run, a step may take about twice the time that it takes without a prompt, so that their
+readers hardly notice one; less where steps often take longer than foreseen. While none runs, chunks are as large as is
+useful: large enough to be efficient, small enough that whoever comes next does not wait long, and that all stages have
+one to work on. Pure; its only clock is the times that it is told.
 """
 
 from __future__ import annotations
@@ -22,9 +22,18 @@ LEARNT: Final = 0.2
 KEPT: Final = 0.97
 """Of what is known of decode steps, with each new one: a second or two make most of an estimate."""
 
-SLOWDOWN: Final = 2.2
-"""A running answer's gap between tokens while a prompt is computed, over its gap alone. The promise is 2.5; what is
-left is for steps that take longer than foreseen."""
+SLOWDOWN: Final = 2.5
+"""A running answer's gap between tokens while a prompt is computed, over its gap alone: the promise, which ninety-nine
+gaps of a hundred keep."""
+
+SLOWDOWN_MIN: Final = 1.4
+"""What is aimed at on the most restless machine; below it a prompt would hardly go on."""
+
+TAIL: Final = 3.0
+"""How many standard deviations longer than foreseen one step in a hundred takes. Measured 3.3; of a bell curve 2.3."""
+
+RESTLESS: Final = 0.05
+"""A step's standard deviation from what was foreseen, as a share of it, while nothing was measured."""
 
 URGENCY: Final = 6
 """How much more a short prompt's wait for its first token counts than a running answer's wait for its next: many people
@@ -75,6 +84,22 @@ class _Line:
         return self.fixed_s + self._row_s * rows
 
 
+class _Surprise:
+    """By how much steps beside answers take longer than foreseen, as a share of it: a standard deviation of which only
+    one side is looked at, because an outlier makes the next ones seem short."""
+
+    def __init__(self) -> None:
+        self._variance = RESTLESS**2
+
+    def note(self, foreseen_s: float, took_s: float) -> None:
+        longer = min(1.0, max(0.0, took_s / foreseen_s - 1))  # one that slept for a minute is no measure of others
+        self._variance = KEPT * self._variance + (1 - KEPT) * 2 * longer * longer
+
+    @property
+    def deviation(self) -> float:
+        return math.sqrt(self._variance)
+
+
 class Pace:
     """The step costs of one installed plan."""
 
@@ -84,6 +109,7 @@ class Pace:
         self._token_s: float | None = None  # in steps of prompts only
         self._beside_s: float | None = None  # in steps while answers run: smaller chunks, and other products
         self._beside_tokens = 0  # the latest such chunk
+        self._surprise = _Surprise()
 
     @property
     def token_s(self) -> float:
@@ -102,6 +128,8 @@ class Pace:
             return
         token_s = max(0.0, took_s - self.alone_s(rows)) / tokens
         if paced:
+            if rows and self._beside_s is not None:
+                self._surprise.note(self.alone_s(rows) + self._beside_s * tokens, took_s)
             self._beside_s = _nearer(self._beside_s, token_s)
             self._beside_tokens = tokens
         else:
@@ -110,6 +138,11 @@ class Pace:
     def alone_s(self, rows: int) -> float:
         """A step of decode rows only."""
         return self._alone.at(rows)
+
+    @property
+    def slowdown(self) -> float:
+        """What is aimed at, so that the promise is kept."""
+        return max(SLOWDOWN_MIN, SLOWDOWN / (1 + TAIL * self._surprise.deviation))
 
     # -- Choosing ----------------------------------------------------------------------------------------
 
@@ -120,7 +153,7 @@ class Pace:
         if not self._alone.fixed_s or token_s is None:
             return CHUNK_TOKENS_FIRST // 8
         short = sum(tokens * token_s <= STEP_S for tokens in prompts)
-        slowdown = SLOWDOWN * max(1.0, URGENCY * short / answers)
+        slowdown = self.slowdown * max(1.0, URGENCY * short / answers)
         left_s = slowdown * self.alone_s(share) - self.alone_s(rows)
         grown = int(GROWTH * max(self._beside_tokens, PACED_TOKENS_MIN)) + 1
         fitting = int(left_s / token_s) if token_s else STEP_TOKENS_MAX

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import random
+from statistics import median
+
 import pytest
 
 from cluster.limits import STEP_TOKENS_MAX
 from cluster.steps import StageMark
-from coordinator.pacing import CHUNK_TOKENS_FIRST, CHUNK_TOKENS_MIN, PACED_TOKENS_MIN, SLOWDOWN, STEP_S, Pace
+from coordinator.pacing import (
+    CHUNK_TOKENS_FIRST,
+    CHUNK_TOKENS_MIN,
+    PACED_TOKENS_MIN,
+    SLOWDOWN,
+    SLOWDOWN_MIN,
+    STEP_S,
+    Pace,
+)
 
 FIXED, TOKEN = 0.02, 0.0025
 
@@ -39,7 +51,31 @@ def test_beside_answers_a_step_takes_no_longer_than_was_promised(rows: int) -> N
     pace = taught()
     tokens = pace.beside_answers(rows, rows, [4096], rows)
     took_s = FIXED + TOKEN * (rows + tokens)
-    assert 1.8 * pace.alone_s(rows) < took_s <= 1.05 * SLOWDOWN * pace.alone_s(rows)
+    assert 1.9 * pace.alone_s(rows) < took_s <= SLOWDOWN * pace.alone_s(rows)
+
+
+@pytest.mark.parametrize("deviation", [0.02, 0.08, 0.15])
+def test_steps_that_take_longer_than_foreseen_keep_the_promise_too(deviation: float) -> None:
+    """Ninety-nine of a hundred, on a machine whose steps scatter like a bell curve with a longer tail."""
+    pace, restless, took = taught(), random.Random(1), []
+    for _ in range(3000):
+        tokens = pace.beside_answers(4, 4, [4096], 4)
+        scattered = math.exp(deviation * restless.gauss(0.0, 1.0) * restless.choice((0.8, 0.8, 0.8, 1.4)))
+        took.append((FIXED + TOKEN * (4 + tokens)) * scattered)
+        pace.note(marks(took[-1]), 4, tokens, paced=True)
+    alone_s = FIXED + 4 * TOKEN
+    assert sorted(took)[2970] <= SLOWDOWN * alone_s
+    assert median(took) > 1.3 * alone_s  # and the prompt goes on
+
+
+def test_one_step_that_took_a_hundred_times_as_long_is_soon_forgotten() -> None:
+    pace = taught()
+    before = pace.slowdown
+    pace.note(marks(100 * (FIXED + 20 * TOKEN)), 4, 16, paced=True)
+    assert pace.slowdown >= SLOWDOWN_MIN
+    for _ in range(150):
+        pace.note(marks(FIXED + 20 * TOKEN), 4, 16, paced=True)
+    assert pace.slowdown > 0.9 * before
 
 
 def test_many_short_prompts_go_before_the_few_answers_that_run() -> None:
