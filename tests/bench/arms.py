@@ -55,7 +55,14 @@ class Place:
 
 @contextlib.contextmanager
 def cluster_arm(
-    name: str, form: Form, places: Sequence[Place], state: Path, *, backend: str = "torch", device: str = "cpu"
+    name: str,
+    form: Form,
+    places: Sequence[Place],
+    state: Path,
+    *,
+    backend: str = "torch",
+    device: str = "cpu",
+    memory: str = MEMORY,
 ) -> Iterator[Arm]:
     """A cluster with a node in each place, the coordinator beside the first; ready when it is handed over."""
     cluster, everywhere = new_cluster(), client_cores()
@@ -69,7 +76,7 @@ def cluster_arm(
                     cluster,
                     state / f"{name}-node-{index}",
                     *("--no-mdns", "--device", device, *with_us),
-                    memory=MEMORY,
+                    memory=memory,
                     host=place.host,
                     prefix=(*place.words, *pinned([node_core(index)])),
                     env={"OMP_NUM_THREADS": "1"},

@@ -47,6 +47,17 @@ _STATES = (
 HYBRID = Shape("hybrid-0.2b", "qwen3_next", _STATES, layers=12)
 """Two layers of three keep a state of fixed size, so a sequence is cut back to snapshots of it."""
 
+_WIDE_SIZES = (
+    ("hidden_size", 4096),
+    ("intermediate_size", 14336),
+    ("num_attention_heads", 32),
+    ("num_key_value_heads", 8),
+    ("head_dim", 128),
+)
+WIDE = Shape("llama-2b-wide", "llama", _WIDE_SIZES, layers=8)
+"""Layers as wide as those of a model with 8 billion parameters, for a GPU, which the others would not keep busy. Making
+it takes 12 GB of memory, once."""
+
 _TRIAL_SIZES = (
     ("hidden_size", 128),
     ("intermediate_size", 256),
@@ -57,7 +68,7 @@ TRIAL = Shape("trial", "llama", _TRIAL_SIZES, layers=4)
 """For trying the table itself: its numbers mean nothing."""
 
 
-_KINDS = {DENSE: "Dense", EXPERTS: "Mixture of experts", HYBRID: "Hybrid", TRIAL: "Trial"}
+_KINDS = {DENSE: "Dense", EXPERTS: "Mixture of experts", HYBRID: "Hybrid", WIDE: "Wide", TRIAL: "Trial"}
 
 
 @dataclass(frozen=True, slots=True)
