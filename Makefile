@@ -1,8 +1,10 @@
 # One command each for people and CI. `make` lists them.
 PYTHON ?= python3
 BIN := .venv/bin
+# What torch's CUDA build brings along. The CPU build has none, and it is too large to install for everyone.
+TRITON := triton==3.7.1
 
-.PHONY: help setup demo serve-demo test check unit format proto bench bench-peers rehearsal docs clean
+.PHONY: help setup demo serve-demo test check kernels unit format proto bench bench-peers rehearsal docs clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +29,13 @@ check: setup ## format, lint, types, import contracts, proto drift, unit tests (
 	@$(BIN)/lint-imports
 	@$(BIN)/python deploy/proto_drift.py
 	@$(BIN)/python -m pytest tests/unit -q
+
+kernels: export OMP_NUM_THREADS = 1
+kernels: export PYTHONPATH = build/triton
+kernels: setup ## the GPU kernels by Triton's interpreter and compiler, no GPU needed (Linux; 690 MB on first use)
+	@test -d build/triton || $(BIN)/python -m pip install --quiet --target build/triton --no-deps $(TRITON)
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/oracle/test_ragged.py
+	@$(BIN)/python -m pytest -q tests/oracle/test_ragged_compiled.py
 
 unit: setup ## the unit tests alone (seconds)
 	@$(BIN)/python -m pytest tests/unit -q

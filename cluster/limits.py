@@ -35,6 +35,11 @@ UNPACKED_ON_CPU_BYTES_MAX: Final = 6 * MIB
 """The same on a processor: 4 MiB where rows are unpacked; up to 6 where codes are put in the order of a kernel, or
 unpacked from it, which takes whole blocks of rows, some columns at a time."""
 
+RECORDED_BYTES_MAX: Final = 256 * MIB
+"""What recorded decode steps may take on a GPU, all numbers of rows together: logits of 64 rows of 152,064 tokens are
+37 MiB in float32 and as much again on the way there, a library's workspace 32 MiB, rounding 24 MiB. A stage's workspace
+counts it; a step for which it is not enough is computed unrecorded."""
+
 STEP_ROWS_MAX: Final = 256
 """Rows in one step: more concurrent decoding sequences than LAN machines can serve."""
 

@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from math import prod
 from typing import Final
 
-from cluster.limits import STEP_ROWS_MAX, STEP_TOKENS_MAX, UNPACKED_BYTES_MAX, UNPACKED_ON_CPU_BYTES_MAX
+from cluster.limits import (
+    RECORDED_BYTES_MAX,
+    STEP_ROWS_MAX,
+    STEP_TOKENS_MAX,
+    UNPACKED_BYTES_MAX,
+    UNPACKED_ON_CPU_BYTES_MAX,
+)
 from cluster.models.facts import ModelFacts
 from cluster.quantities import MIB
 from cluster.types import Backend, DType
@@ -93,12 +99,14 @@ def activation_bytes(
 
 
 def _product_bytes(facts: ModelFacts, backend: Backend, on_cpu: bool) -> int:
-    """What products take beside what goes in and comes out: on torch a part of a packed matrix in full precision, and
-    products themselves. MLX multiplies with packed matrices as they are."""
+    """What computing takes beside what goes in and comes out: on torch a part of a packed matrix in full precision,
+    products themselves, and steps recorded on a GPU. MLX multiplies with packed matrices as they are."""
     if backend is Backend.MLX:
         return 0
-    unpacked = (UNPACKED_ON_CPU_BYTES_MAX if on_cpu else UNPACKED_BYTES_MAX) if facts.quantization else 0
-    return unpacked + (COMPILED_BYTES if on_cpu and facts.dtype is not DType.F32 else 0)
+    if not on_cpu:
+        return RECORDED_BYTES_MAX + (UNPACKED_BYTES_MAX if facts.quantization else 0)
+    unpacked = UNPACKED_ON_CPU_BYTES_MAX if facts.quantization else 0
+    return unpacked + (COMPILED_BYTES if facts.dtype is not DType.F32 else 0)
 
 
 def _mlp(facts: ModelFacts, held: _Held, made: int, scores: int) -> int:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from cluster.errors import DoesNotFit, UsageError
-from cluster.limits import UNPACKED_BYTES_MAX, UNPACKED_ON_CPU_BYTES_MAX
+from cluster.limits import RECORDED_BYTES_MAX, UNPACKED_BYTES_MAX, UNPACKED_ON_CPU_BYTES_MAX
 from cluster.models.facts import ModelFacts
 from cluster.models.formats import HALF_EXPERTS, Packing, Quantization
 from cluster.placement import Ask, place, stage_cost
@@ -35,10 +35,11 @@ def test_products_take_other_memory_on_a_processor_than_on_a_gpu(dtype: DType) -
     packed = replace(EQUAL, dtype=dtype, quantization=Quantization(Packing.AFFINE, 4, 64))
     plain = stage_cost(replace(EQUAL, dtype=dtype), LayerRange(0, 6), Backend.TORCH, context=8, users=1, on_cpu=False)
     compiled = 0 if dtype is DType.F32 else COMPILED_BYTES
-    for device, more in (("cpu", UNPACKED_ON_CPU_BYTES_MAX + compiled), ("cuda:0", UNPACKED_BYTES_MAX)):
-        one = replace(node("a", 64 * MIB), device=device)
+    on_cpu, on_gpu = UNPACKED_ON_CPU_BYTES_MAX + compiled, UNPACKED_BYTES_MAX + RECORDED_BYTES_MAX
+    for device, more in (("cpu", on_cpu), ("cuda:0", on_gpu)):
+        one = replace(node("a", 512 * MIB), device=device)
         (stage,) = place(packed, [one], Ask(8)).stages
-        assert stage.workspace_bytes == plain.workspace_bytes + more
+        assert stage.workspace_bytes == plain.workspace_bytes - RECORDED_BYTES_MAX + more
         with pytest.raises(DoesNotFit):
             place(packed, [with_memory(one, budget_bytes=more, host_budget_bytes=more)], Ask(8))
 

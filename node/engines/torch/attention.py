@@ -18,6 +18,8 @@ from transformers import AttentionInterface
 from cluster.errors import ModelError
 from node.engines.torch import chunked, latent, shared
 from node.engines.torch.kv import LayerState, SequenceCache
+from node.engines.torch.ragged import DecodeRows
+from node.engines.torch.scoring import Scoring
 
 NAME = "potluck"
 BATCH_KEYWORD = "potluck_batch"
@@ -48,10 +50,12 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one step attends to. `attended` lists the layers that came here, for the rehearsal after a load."""
+    """What one step attends to: each span to its own past, or all of `decode` at once. `attended` lists the layers that
+    came here, for the rehearsal after a load."""
 
     spans: tuple[Span, ...]
     attended: list[int] = field(default_factory=list)
+    decode: DecodeRows | None = None
 
     def parts(self, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
         """Each sequence's own of [heads, tokens, size]; in one call, because there are many."""
@@ -62,21 +66,14 @@ class Batch:
 class _Manner:
     """What a layer does unlike others. Looked up once: a module takes long to say what it does not have."""
 
-    is_latent: bool
-    shares: bool  # attends to the keys of an earlier layer
-    offers: bool  # later layers attend to its keys
-    chunk: int | None
-    is_tuned: bool  # its queries grow with their positions
+    is_latent: bool = False
+    shares: bool = False  # attends to the keys of an earlier layer
+    offers: bool = False  # later layers attend to its keys
+    chunk: int | None = None
+    is_tuned: bool = False  # its queries grow with their positions
 
 
-@dataclass(frozen=True, slots=True)
-class Scoring:
-    """How a layer weighs the past, beside its being causal."""
-
-    window: int | None  # positions that a query sees, its own among them
-    scaling: float | None
-    softcap: float | None = None  # scores are bent to stay between this and its negative
-    sinks: torch.Tensor | None = None  # [heads]: the score of something that is attended to and has no value
+_PLAIN = _Manner()
 
 
 def attend(
@@ -99,11 +96,15 @@ def attend(
     refuse_unknown(module, attention_mask, dropout, others)
     layer, manner = int(module.layer_idx), _manner(module)
     batch.attended.append(layer)
+    scoring = Scoring(sliding_window, scaling, softcap, s_aux)
+    if batch.decode is not None:
+        if manner != _PLAIN:
+            raise ModelError(f"{type(module).__name__} attends in a way that no kernel for many rows knows")
+        return batch.decode.attended(layer, query[0], key[0], value[0], scoring)[None], None
     if manner.is_latent:
         query, key = latent.into_latents(module, query, key, value)
         value = key[..., :0]  # nothing to cache beside the latents
     _refuse_other_window(batch, layer, sliding_window or manner.chunk)
-    scoring = Scoring(sliding_window, scaling, softcap, s_aux)
     parts = zip(batch.spans, *map(batch.parts, (query[0], key[0], value[0])), strict=True)
     rows = [_attend_span(module, manner, span, new, scoring) for span, *new in parts]
     output = (rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)).transpose(0, 1)

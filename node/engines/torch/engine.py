@@ -8,7 +8,7 @@ nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,11 +21,13 @@ from cluster.steps import Boundary, Row
 from cluster.types import Backend, SequenceId
 from node.engine import Capacity, Logits, Progress, StageSpec
 from node.engines.torch.attention import Batch, Span
+from node.engines.torch.captured import DecodeSteps, Means, means_of
 from node.engines.torch.kernels import MAPPED_FROM_BYTES, keep_few_kernels
 from node.engines.torch.kv import KvCache
 from node.engines.torch.shortcuts import take_shortcuts
 from node.engines.torch.slicing import Passing, SlicedModel, build_slice
 from node.engines.torch.tensors import TORCH_DTYPES, check_inputs, device_from, from_host, to_host
+from node.engines.torch.trial import is_right
 from node.engines.torch.weights import load_weights
 from node.host_allocator import give_back_when_freed
 
@@ -39,12 +41,14 @@ class _Loaded:
     cache: KvCache
     device: torch.device
     weight_bytes: int
+    decoding: DecodeSteps | None = None  # None: rows of one token are computed as all others
 
 
 class TorchEngine:
-    """See `node.engine.Engine`."""
+    """See `node.engine.Engine`. `means`: how steps of one token a row are computed; None: as the device allows."""
 
-    def __init__(self) -> None:
+    def __init__(self, means: Means | None = None) -> None:
+        self._means = means
         self._stage: _Loaded | None = None
 
     @property
@@ -75,7 +79,8 @@ class TorchEngine:
         cache = KvCache(sliced.windows, spec.kv_tokens, spec.context_tokens, sliced.rewind)
         stage = _Loaded(spec, sliced, cache, device, weight_bytes)
         _rehearse(stage)
-        self._stage = stage
+        means = self._means or means_of(device)
+        self._stage = stage if means is None else replace(stage, decoding=_decoding(stage, means))
 
     @torch.inference_mode()
     def step(self, rows: Sequence[Row], inputs: Boundary | None) -> Boundary | Logits:
@@ -84,7 +89,10 @@ class TorchEngine:
         tokens = sum(len(row.tokens) for row in rows)
         check_inputs(inputs, () if stage.sliced.is_first else stage.spec.boundary, tokens)
         spans = _spans(stage, rows)
-        result = _compute(stage, rows, inputs, Batch(spans))
+        if stage.decoding is not None and stage.decoding.takes(rows):
+            result = stage.decoding.compute(rows, inputs, [span.cache.places(span.start + 1) for span in spans])
+        else:
+            result = _compute(stage, rows, inputs, Batch(spans))
         for row, span in zip(rows, spans, strict=True):
             stage.cache.commit(row.seq, span.cache, row.end, span.states)
         return result
@@ -117,6 +125,8 @@ class TorchEngine:
 
     def close(self) -> None:
         stage, self._stage = self._stage, None
+        if stage is not None and stage.decoding is not None:
+            stage.decoding.close()
         if stage is not None and stage.device.type == "cuda":
             del stage
             torch.cuda.empty_cache()
@@ -213,3 +223,13 @@ def _rehearse(stage: _Loaded) -> None:
             f"the torch engine computes layers that attend once each, in order; of {layer_count} layers of "
             f"{type(sliced.model).__name__} these did: {batch.attended}"
         )
+
+
+def _decoding(stage: _Loaded, means: Means) -> DecodeSteps | None:
+    """Steps of one token a row by `means`, if these compute the same."""
+    steps = DecodeSteps(stage.sliced, stage.spec, stage.device, means)
+
+    def eagerly(rows: Sequence[Row], inputs: Boundary | None, batch: Batch) -> Boundary | Logits:
+        return _compute(stage, rows, inputs, batch)
+
+    return steps if is_right(steps, eagerly, stage.cache.new, stage.spec) else None

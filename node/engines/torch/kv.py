@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from cluster.rewinding import EXACT, Rewind, WaysBack
@@ -30,17 +32,22 @@ class LayerState:
 States = Mapping[int, LayerState]
 """Of the layers that have one."""
 
+Places = npt.NDArray[np.int64]
+"""[layers, 4]: what `LayerKv.place` says of each."""
+
 
 class SequenceCache:
     """Keys, values and states of one sequence. Positions from `length` on hold nothing that counts."""
 
-    __slots__ = ("_kept", "_states", "length", "ways_back")
+    __slots__ = ("_kept", "_places", "_room", "_states", "length", "ways_back")
 
     def __init__(self, windows: Sequence[int | None], context_tokens: int, rewind: Rewind = EXACT) -> None:
         self.length = 0
         self.ways_back: WaysBack[States] = WaysBack(rewind)
         self._kept = [LayerKv(window, context_tokens) for window in windows]
         self._states: States = {}
+        self._places: Places | None = None  # None where something may have moved
+        self._room = 0  # positions that every layer has room for, as long as `_places` are known
 
     def window(self, layer: int) -> int | None:
         """Positions that the layer looks back; None: all."""
@@ -55,14 +62,26 @@ class SequenceCache:
         self.ways_back.grew(length, states if self.ways_back.wants_snapshot(self.length, length) else None)
         self.length = length
         self._states = states
-        for kept in self._kept:
-            kept.settle(length)
+        if self._places is None:  # else nothing was written but what there was room for
+            for kept in self._kept:
+                kept.settle(length)
+
+    def places(self, end: int) -> Places:
+        """Where each layer's keys and values lie, with room up to `end`, for who writes there without asking. Every
+        layer has some already. The same array as long as nothing has moved."""
+        if self._places is None or end > self._room:
+            for kept in self._kept:
+                kept.reserve(self.length, end)
+            self._places = np.array([kept.place for kept in self._kept], dtype=np.int64)
+            self._room = int((self._places[:, 2] + self._places[:, 3]).min())
+        return self._places
 
     def write(
         self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Put [kv heads, new, head size] at positions from `start`; returns what there is up to their end, and the
         position at which it begins."""
+        self._places = None
         return self._kept[layer].write(start, keys, values)
 
     def cut(self, length: int) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from cluster.errors import ModelError
 from cluster.rewinding import window_tokens_kept, window_tokens_max
 
 
@@ -34,12 +35,24 @@ class LayerKv:
         if self._keys is None or self._values is None:
             self._keys, self._values = keys[:, :0], values[:, :0]
         end = start + keys.shape[1]
-        if end - self._first > self._capacity:
-            self._move(start, end)
+        self.reserve(start, end)
         begin, stop = start - self._first, end - self._first
         self._keys.narrow(1, begin, stop - begin).copy_(keys)
         self._values.narrow(1, begin, stop - begin).copy_(values)
         return self._keys.narrow(1, 0, stop), self._values.narrow(1, 0, stop), self._first
+
+    def reserve(self, length: int, end: int) -> None:
+        """Make room up to `end`, and keep what is still needed of the first `length` positions."""
+        if end - self._first > self._capacity:
+            self._move(length, end)
+
+    @property
+    def place(self) -> tuple[int, int, int, int]:
+        """Where it lies, for who reads and writes in place: addresses of keys and values, which stay until it moves,
+        how many positions there is room for, and the first of them."""
+        if self._keys is None or self._values is None:
+            raise ModelError("a layer keeps no keys and values of its own")
+        return self._keys.data_ptr(), self._values.data_ptr(), self._capacity, self._first
 
     def settle(self, length: int) -> None:
         """The step has succeeded: give back what only a long one needed."""

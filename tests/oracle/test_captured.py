@@ -1,0 +1,293 @@
+"""Decode steps that are recorded once and computed again equal the whole model, whatever happens to their sequences.
+
+On a processor: the kernels' own source runs as a stand-in for Triton, and a recorder as one for CUDA graphs, which
+freezes whatever was not read from a tensor. `test_cuda_engine.py` is the same on a card.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from cluster.types import SequenceId
+from node.engine import Engine
+from node.engines.torch import captured, layer_kv
+from node.engines.torch.captured import DecodeSteps
+from node.engines.torch.engine import TorchEngine
+from node.engines.torch.kv import SequenceCache
+from node.engines.torch.ragged import Attend
+from tests.oracle.conftest import TOLERANCE
+from tests.oracle.frozen import FrozenRecorder, attend, frozen_means
+from tests.oracle.pipelines import greedy, load_pipeline, ragged, row, run_prefill, run_step, stage_specs
+from tests.oracle.reference import Reference, WholeModel, assert_same, random_prompt
+
+RECORDED = ("llama", "qwen3", "gemma2", "gemma3", "gpt_oss")
+"""Plain ones, windows, soft-caps and sinks. Experts are those of gpt-oss."""
+
+TOKENS = 14
+"""Of each answer: caches of 40 positions grow twice in that, and windows move on."""
+
+Checkpoints = Callable[[str], Path]
+References = Callable[..., Reference]
+WholeModels = Callable[[str], WholeModel]
+
+
+def pipeline(
+    folder: Path,
+    cuts: Sequence[int] = (),
+    recorder: FrozenRecorder | None = None,
+    attend: Attend = attend,
+    bits: int | None = None,
+) -> list[Engine]:
+    specs = stage_specs(folder, cuts, bits=bits)
+    return load_pipeline([lambda: TorchEngine(frozen_means(recorder, attend))] * len(specs), specs)
+
+
+def assert_equal(ids: Sequence[int], logits: np.ndarray, reference: Reference) -> None:
+    assert_same(ids, logits, reference, tolerance=TOLERANCE)
+
+
+def assert_all_equal(found: Sequence[tuple[list[int], np.ndarray]], expected: Sequence[Reference]) -> None:
+    for (ids, logits), answer in zip(found, expected, strict=True):
+        assert_equal(ids, logits, answer)
+
+
+@pytest.mark.parametrize(("family", "cuts"), [*((family, ()) for family in RECORDED), ("gemma3", (2, 4))])
+def test_replayed_steps_equal_the_whole_model(
+    family: str, cuts: tuple[int, ...], checkpoint: Checkpoints, reference: References
+) -> None:
+    expected, recorder = reference(family), FrozenRecorder()
+    engines = pipeline(checkpoint(family), cuts, recorder)
+    before = recorder.replayed
+    assert_equal(*greedy(engines, expected.prompt, TOKENS), expected)
+    assert recorder.recorded == len(engines)
+    assert recorder.replayed - before == len(engines) * (TOKENS - 1)
+
+
+@pytest.mark.parametrize("family", RECORDED)
+def test_sequences_join_and_leave_recorded_steps(family: str, checkpoint: Checkpoints, reference: References) -> None:
+    """Prompts of some travel with decode rows of others; then they decode together, one, two and three at a time."""
+    expected = [reference(family, prompt_tokens) for prompt_tokens in (5, 23, 40)]
+    recorder = FrozenRecorder()
+    engines = pipeline(checkpoint(family), (3,), recorder)
+    found = ragged(engines, [answer.prompt for answer in expected], TOKENS)
+    assert_all_equal(found, expected)
+    assert recorder.recorded == 3 * len(engines)  # of one, two and four rows
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_forks_and_trims_between_replays(family: str, checkpoint: Checkpoints, whole_model: WholeModels) -> None:
+    a, b = SequenceId(1), SequenceId(2)
+    prompt, tail, other = random_prompt(30, seed=5), random_prompt(6, seed=6), random_prompt(20, seed=7)
+    (engine,) = pipeline(checkpoint(family))
+    run_prefill([engine], prompt)
+    for step, token in enumerate(tail):
+        run_step([engine], [row(a, 30 + step, [token])])
+    assert engine.fork(a, b, 33) == 33
+    assert engine.trim(a, 28) == 28
+    for step, token in enumerate(other):
+        first, second = run_step([engine], [row(b, 33 + step, [token]), row(a, 28 + step, [token])])
+    whole = whole_model(family)
+    np.testing.assert_allclose(first, whole.logits(prompt + tail[:3] + other)[-1], rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(second, whole.logits(prompt[:28] + other)[-1], rtol=0, atol=TOLERANCE)
+    engine.drop(b)
+    (alone,) = run_step([engine], [row(a, 48, [7])])
+    np.testing.assert_allclose(alone, whole.logits([*prompt[:28], *other, 7])[-1], rtol=0, atol=TOLERANCE)
+
+
+def test_rows_that_do_not_draw_have_no_logits(checkpoint: Checkpoints, whole_model: WholeModels) -> None:
+    prompts = [random_prompt(length, seed=length) for length in (9, 14, 11)]
+    (engine,) = pipeline(checkpoint("llama"))
+    for seq, prompt in enumerate(prompts):
+        run_prefill([engine], prompt, seq=seq)
+    (found,) = run_step([engine], [row(seq, len(prompts[seq]), [8], draw=seq == 1) for seq in range(3)])
+    np.testing.assert_allclose(found, whole_model("llama").logits([*prompts[1], 8])[-1], rtol=0, atol=TOLERANCE)
+    assert run_step([engine], [row(0, 10, [8], draw=False)]).shape == (0, len(found))
+    assert [engine.length(SequenceId(seq)) for seq in range(3)] == [11, 15, 12]
+
+
+def test_packed_weights_are_recorded_too(checkpoint: Checkpoints) -> None:
+    recorder, prompt = FrozenRecorder(), random_prompt(20, seed=1)
+    folder = checkpoint("llama")
+    plain = load_pipeline([TorchEngine], stage_specs(folder, (), bits=8))
+    ids, logits = greedy(plain, prompt, 12)
+    found, other = greedy(pipeline(folder, (), recorder, bits=8), prompt, 12)
+    assert found == ids
+    np.testing.assert_allclose(other, logits, rtol=0, atol=TOLERANCE)
+    assert recorder.recorded == 1
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "llama4", "gemma4_small", "qwen3_next"])
+def test_what_no_kernel_knows_is_computed_row_by_row(
+    family: str, checkpoint: Checkpoints, reference: References, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Latents, chunks, shared keys and states: the log says why, and answers are right."""
+    expected, recorder = reference(family), FrozenRecorder()
+    with caplog.at_level(logging.WARNING, "node.engines.torch.trial"):
+        engines = pipeline(checkpoint(family), (), recorder)
+    assert "row by row, which is slower" in caplog.text
+    before = recorder.replayed
+    assert_equal(*greedy(engines, expected.prompt, TOKENS), expected)
+    assert recorder.replayed == before
+
+
+def test_what_waits_for_the_device_is_computed_unrecorded(
+    checkpoint: Checkpoints, reference: References, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the kernels for many rows all the same."""
+    calls = 0
+    compute = DecodeSteps._compute
+
+    def waiting(self: DecodeSteps, count: int) -> tuple[torch.Tensor, ...]:
+        nonlocal calls
+        calls += 1
+        assert int(self._numbers[0]) >= 0
+        return compute(self, count)
+
+    monkeypatch.setattr(DecodeSteps, "_compute", waiting)
+    expected, recorder = reference("llama"), FrozenRecorder()
+    with caplog.at_level(logging.WARNING, "node.engines.torch.captured"):
+        engines = pipeline(checkpoint("llama"), (3,), recorder)
+    assert "not recorded, which makes them slower: RuntimeError: operation not permitted" in caplog.text
+    before = calls
+    assert_equal(*greedy(engines, expected.prompt, TOKENS), expected)
+    assert recorder.recorded == 0
+    assert calls - before == 2 * (TOKENS - 1)
+
+
+def test_experts_are_right_whether_recorded_or_not(checkpoint: Checkpoints, reference: References) -> None:
+    expected = reference("qwen3_moe")
+    engines = pipeline(checkpoint("qwen3_moe"), (3,))
+    assert_equal(*greedy(engines, expected.prompt, TOKENS), expected)
+
+
+def test_a_full_memory_for_records_costs_no_answer(
+    checkpoint: Checkpoints, reference: References, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = [reference("llama", prompt_tokens) for prompt_tokens in (5, 23, 40)]
+    recorder = FrozenRecorder(rows_max=2)
+    with caplog.at_level(logging.WARNING, "node.engines.torch.captured"):
+        found = ragged(pipeline(checkpoint("llama"), (), recorder), [answer.prompt for answer in expected], TOKENS)
+    assert_all_equal(found, expected)
+    assert recorder.recorded == 2
+    assert caplog.text.count("decode steps of 4 rows and more are not recorded") == 1
+
+
+def test_many_rows_are_computed_at_once_but_not_recorded(
+    checkpoint: Checkpoints, whole_model: WholeModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(captured, "RECORDED_ROWS_MAX", 4)
+    recorder = FrozenRecorder()
+    (engine,) = pipeline(checkpoint("llama"), (), recorder)
+    prompts = [random_prompt(4 + seq, seed=seq) for seq in range(5)]
+    for seq, prompt in enumerate(prompts):
+        run_prefill([engine], prompt, seq=seq)
+    before = recorder.replayed
+    found = run_step([engine], [row(seq, len(prompt), [8]) for seq, prompt in enumerate(prompts)])
+    assert recorder.replayed == before
+    for logits, prompt in zip(found, prompts, strict=True):
+        np.testing.assert_allclose(logits, whole_model("llama").logits([*prompt, 8])[-1], rtol=0, atol=TOLERANCE)
+
+
+def test_only_what_has_moved_is_uploaded(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence of 64 positions has room for 72: it moves at the first and at the ninth step."""
+    (engine,) = pipeline(checkpoint("llama"))
+    uploads: list[int] = []
+    place = DecodeSteps._place
+
+    def counting(self: DecodeSteps, wanted: Sequence[object]) -> None:
+        uploads.append(sum(old is not new for old, new in zip(self._uploaded, wanted, strict=False)))
+        place(self, wanted)  # type: ignore[arg-type]
+
+    run_prefill([engine], random_prompt(64, seed=1))
+    monkeypatch.setattr(DecodeSteps, "_place", counting)
+    for step in range(12):
+        run_step([engine], [row(1, 64 + step, [7])])
+    assert uploads == [1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0]
+
+
+# -- What must be noticed ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _lasting_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong on purpose reads and writes where nothing of it is any more: there has to be something."""
+    moved, kept = layer_kv._moved, []
+
+    def padded(tensor: torch.Tensor, old: slice, capacity: int) -> torch.Tensor:
+        new = moved(tensor, old, capacity)
+        room = torch.zeros(new.numel() + (1 << 16))
+        kept.append(room)
+        return room[: new.numel()].view_as(new).copy_(new)
+
+    monkeypatch.setattr(layer_kv, "_moved", padded)
+
+
+def _never_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Addresses stay as they were first told."""
+    places, told = SequenceCache.places, {}
+
+    def stale(self: SequenceCache, end: int) -> np.ndarray:
+        found = places(self, end)
+        return told.setdefault(id(self), (self, found))[1]  # whose number must not become another's
+
+    monkeypatch.setattr(SequenceCache, "places", stale)
+
+
+def _positions_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    compute = DecodeSteps._compute
+
+    def frozen(self: DecodeSteps, count: int) -> tuple[torch.Tensor, ...]:
+        with _disable_current_modes():  # so that no copy is recorded
+            numbers, self._numbers = self._numbers, self._numbers.clone()
+        try:
+            return compute(self, count)
+        finally:
+            self._numbers = numbers
+
+    monkeypatch.setattr(DecodeSteps, "_compute", frozen)
+
+
+def _rows_left_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who takes another's row attends to the other's past."""
+    place = DecodeSteps._place
+
+    def first_ones(self: DecodeSteps, wanted: Sequence[np.ndarray]) -> None:
+        kept = [new if old is self._nobody else old for old, new in zip(self._uploaded, wanted, strict=False)]
+        place(self, kept)
+
+    monkeypatch.setattr(DecodeSteps, "_place", first_ones)
+
+
+@pytest.mark.usefixtures("_lasting_memory")
+@pytest.mark.parametrize("mutate", [_never_moved, _positions_frozen, _rows_left_in_place])
+def test_mutants_fail_the_check(
+    mutate: Callable[[pytest.MonkeyPatch], None],
+    checkpoint: Checkpoints,
+    reference: References,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = [reference("llama", prompt_tokens) for prompt_tokens in (23, 40)]
+    engines = pipeline(checkpoint("llama"))
+    mutate(monkeypatch)
+    found = ragged(engines, [answer.prompt for answer in expected], TOKENS)
+    with pytest.raises(AssertionError):
+        assert_all_equal(found, expected)
+
+
+def test_a_recorder_that_freezes_too_much_is_noticed_at_load(
+    checkpoint: Checkpoints, reference: References, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one whose steps raise nothing and are simply wrong."""
+    _positions_frozen(monkeypatch)
+    expected, recorder = reference("llama"), FrozenRecorder()
+    with caplog.at_level(logging.WARNING, "node.engines.torch.trial"):
+        engines = pipeline(checkpoint("llama"), (), recorder)
+    assert "from rows computed one by one" in caplog.text
+    assert_equal(*greedy(engines, expected.prompt, TOKENS), expected)
