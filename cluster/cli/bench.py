@@ -7,6 +7,7 @@ Owns: what is asked, of whom and in which order. The asking is `bench_endpoint` 
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from cluster.cli.running import run_async
 from cluster.errors import UsageError
 
 _KEY_VARIABLE = "POTLUCK_BENCH_KEY"
+_SEEDS = 1 << 31
 _LOADS_MAX = 64  # more than anybody waits for
 
 
@@ -38,7 +40,7 @@ class BenchCommand:
     output: str
     rounds: int
     timeout_s: float
-    seed: int
+    seed: int | None  # of the prompts; caches remember those of an earlier run
     plot: Path | None
     as_json: bool
 
@@ -54,12 +56,16 @@ def bench_command(command: BenchCommand) -> int:
         raise UsageError(f"these are {len(loads)} combinations; leave some of --users, --prompt or --output out")
     if command.plot is not None and command.plot.suffix != ".html":
         raise UsageError(f"expected --plot FILE.html, found {command.plot}")
-    endpoints = [("potluck", command.url), *(_named(text) for text in command.against)]
-    if len({name for name, _ in endpoints}) < len(endpoints):
+    if command.plot is not None and not command.plot.parent.is_dir():
+        raise UsageError(f"expected --plot in a folder that exists, found {command.plot}")
+    urls = [("potluck", command.url), *(_named(text) for text in command.against)]
+    if len({name for name, _ in urls}) < len(urls):
         raise UsageError("two endpoints of one name; expected --against NAME=URL with a name of its own for each")
-    benches = [
-        BenchedEndpoint(_target(name, url), seed=command.seed, timeout_s=command.timeout_s) for name, url in endpoints
-    ]
+    seed = secrets.randbelow(_SEEDS) if command.seed is None else command.seed
+    key = os.environ.get(_KEY_VARIABLE)
+    endpoints = [(name, Endpoint(url, key=key)) for name, url in urls]
+    targets = [Target(name, urlsplit(each.url), each.chat_model(), key) for name, each in endpoints]
+    benches = [BenchedEndpoint(target, seed=seed, timeout_s=command.timeout_s) for target in targets]
     results: list[Result] = []
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     table = None if command.as_json else bench_report.Table(Console(highlight=False))
@@ -77,18 +83,12 @@ def bench_command(command: BenchCommand) -> int:
     run_async(work())
     if table is not None:
         table.end()
+    if command.as_json:
+        sys.stdout.write(bench_report.document(results, seed) + "\n")
     if command.plot is not None:
         command.plot.write_text(bench_report.page(results), encoding="utf-8")
         console.print(f"The plot is {command.plot}", markup=False)
-    if command.as_json:
-        sys.stdout.write(bench_report.document(results) + "\n")
     return 1 if any(result.problems for result in results) else 0
-
-
-def _target(name: str, url: str) -> Target:
-    key = os.environ.get(_KEY_VARIABLE)
-    endpoint = Endpoint(url, key=key)
-    return Target(name, urlsplit(endpoint.url), endpoint.chat_model(), key)
 
 
 def _named(text: str) -> tuple[str, str]:

@@ -85,6 +85,9 @@ async def ask(target: Target, body: Mapping[str, object], timeout_s: float) -> A
         problem = str(error) or type(error).__name__
     except TimeoutError:
         problem = f"no end after {timeout_s:.0f} s"
+    tokens = _count(usage, "completion_tokens") or len(pieces)
+    if not problem and not tokens:
+        problem = "the answer holds no tokens"
     details = usage.get("prompt_tokens_details")
     return Answer(
         began_s=began_s,
@@ -92,7 +95,7 @@ async def ask(target: Target, body: Mapping[str, object], timeout_s: float) -> A
         ended_s=time.monotonic(),
         prompt_tokens=_count(usage, "prompt_tokens"),
         cached_tokens=_count(details, "cached_tokens") if isinstance(details, dict) else 0,
-        tokens=_count(usage, "completion_tokens") or len(pieces),
+        tokens=tokens,
         text="".join(texts),
         problem=problem,
     )
@@ -125,13 +128,13 @@ async def _events(target: Target, body: bytes) -> AsyncGenerator[tuple[float, Ma
                     if status == 200:
                         *lines, pending = pending.split(b"\n")
                         for line in lines:
-                            if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
-                                yield came_s, _object(line[6:])
+                            if line.startswith(b"data:") and (data := line[5:].strip()) != b"[DONE]":
+                                yield came_s, _object(data)
                     if len(pending) > _EVENT_BYTES_MAX:
                         raise ClusterError(f"{target.name} sent a line of over {_EVENT_BYTES_MAX} bytes")
                 case h11.EndOfMessage():
                     if status != 200:
-                        raise RequestError(f"HTTP {status}: {_message(_object(pending))}")
+                        raise RequestError(f"HTTP {status}: {_refusal(pending)}")
                     return
                 case _:
                     raise ClusterError(f"{target.name} closed the connection within an answer")
@@ -147,6 +150,14 @@ def _object(line: bytes) -> Mapping[str, object]:
     if not isinstance(value, dict):
         raise ClusterError(f"expected a JSON object, found {line[:80]!r}")
     return value
+
+
+def _refusal(body: bytes) -> str:
+    """In the endpoint's words, or the beginning of a page that a proxy put in their place."""
+    try:
+        return _message(_object(body))
+    except ClusterError:
+        return repr(body[:80])
 
 
 def _message(event: Mapping[str, object]) -> str:

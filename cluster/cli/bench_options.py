@@ -20,14 +20,15 @@ def bench(
         list[str] | None, typer.Option(metavar="NAME=URL", help="Another OpenAI endpoint to measure in the same run.")
     ] = None,
     timeout_s: Annotated[float, typer.Option("--timeout", min=1, help="Seconds that one answer may take.")] = 600.0,
-    seed: Annotated[int, typer.Option(help="Of the random prompts.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of the random prompts; every run has its own without.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page with plots.")] = None,
     as_json: opt.Json = False,
 ) -> None:
     """Measure an endpoint, ours or anybody's: how soon and how fast answers come, for how many users at once.
 
     Every combination of --users, --prompt and --output is measured on every endpoint, side by side. The prompts are
-    random words, so that no cache has seen them. A key for endpoints that want one: POTLUCK_BENCH_KEY.
+    random words, so that no cache has seen them, unless a --seed is used again. A key, sent to every endpoint:
+    POTLUCK_BENCH_KEY.
 
     \b
     Examples:

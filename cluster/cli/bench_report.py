@@ -38,6 +38,8 @@ class Table:
             "-" if result.user_tokens_s is None else f"{result.user_tokens_s:.1f}",
         ]  # fmt: skip
         self._print("  ".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, _COLUMNS, strict=True)))
+        if result.cached_tokens >= 1:
+            self._print(f"{'':>12}  of a prompt's tokens {result.cached_tokens:.0f} came from a cache")
         if result.inside is not None:
             busy = ", ".join(f"{share:.0%}" for share in result.inside.busy)
             hops = "" if result.inside.hops_s is None else f", {1000 * result.inside.hops_s:.2f} ms of a token on hops"
@@ -53,9 +55,10 @@ class Table:
         self._console.print(line.rstrip(), markup=False, soft_wrap=True)
 
 
-def document(results: Sequence[Result]) -> str:
-    """One JSON document; units are in the names."""
-    return json.dumps({"results": [{**dataclasses.asdict(result), "tokens_s": result.tokens_s} for result in results]})
+def document(results: Sequence[Result], seed: int) -> str:
+    """One JSON document; units are in the names. The seed asks for the same prompts again."""
+    rows = [{**dataclasses.asdict(result), "tokens_s": result.tokens_s} for result in results]
+    return json.dumps({"seed": seed, "results": rows})
 
 
 def page(results: Sequence[Result]) -> str:

@@ -22,8 +22,12 @@ class Endpoint:
     """One OpenAI-compatible endpoint."""
 
     def __init__(self, url: str, timeout_s: float = _TIMEOUT_S, key: str | None = None) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(url)
+            is_ours = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # brackets that do not close, or a port that is no number
+            is_ours = False
+        if not is_ours:
             raise UsageError(f"expected a URL such as http://127.0.0.1:8000, found {url!r}")
         self.url = url.rstrip("/").removesuffix("/v1")
         self._parts = urlsplit(self.url)

@@ -33,6 +33,10 @@ class _Endpoint(ThreadingHTTPServer):
         self.knows_ignore_eos = True
         self.full = False
         self.key = ""
+        self.is_proxy_without_server = False
+        self.is_silent = False
+        self.space = " "
+        self.prompts: list[str] = []  # without those that find out what the endpoint understands
         self.at_once = 0
         self.most_at_once = 0
         self.lock = threading.Lock()
@@ -62,6 +66,10 @@ class _Handler(BaseHTTPRequestHandler):
         body: Any = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if not self._is_let_in():
             return None
+        if self.server.is_proxy_without_server:
+            return self._send(502, b"<html>Bad Gateway</html>")
+        if body["max_tokens"] > 4:
+            self.server.prompts.append(body["messages"][0]["content"])
         if "ignore_eos" in body and not self.server.knows_ignore_eos:
             return self._whole(400, {"error": {"message": "ignore_eos is unknown here"}})
         if self.server.full and body["max_tokens"] > 4:
@@ -71,6 +79,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
         self.send_response(200)
         self.end_headers()
+        if self.server.is_silent:
+            self.wfile.write(b"data: [DONE]\n\n")
+            return None
         time.sleep(_FIRST_S)
         for _ in range(body["max_tokens"]):
             self._event({"choices": [{"delta": {"content": "x"}}]})
@@ -78,20 +89,22 @@ class _Handler(BaseHTTPRequestHandler):
         words = len(body["messages"][0]["content"].split())
         usage = {"prompt_tokens": 10 + 2 * words, "completion_tokens": body["max_tokens"]}
         self._event({"choices": [], "usage": usage})
-        self.wfile.write(b"data: [DONE]\n\n")
+        self.wfile.write(f"data:{self.server.space}[DONE]\n\n".encode())
         with self.server.lock:
             self.server.at_once -= 1
         return None
 
     def _whole(self, status: int, value: object) -> None:
-        body = json.dumps(value).encode()
+        self._send(status, json.dumps(value).encode())
+
+    def _send(self, status: int, body: bytes) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
 
     def _event(self, value: object) -> None:
-        self.wfile.write(f"data: {json.dumps(value)}\n\n".encode())
+        self.wfile.write(f"data:{self.server.space}{json.dumps(value)}\n\n".encode())
         self.wfile.flush()
 
     def log_message(self, format: str, *args: object) -> None:
@@ -158,6 +171,36 @@ def test_refusals_are_counted_and_told_and_fail_the_command(endpoint: _Endpoint)
     assert "2 of 2 failed: HTTP 429: come back later" in done.stdout
 
 
+def test_a_run_asks_what_no_other_has_asked_unless_it_is_given_its_seed(endpoint: _Endpoint) -> None:
+    """An endpoint with a prefix cache would otherwise be measured with answers to prompts that it knows."""
+    options = ("--users", "1", "--output", "5", "--rounds", "1", "--json")
+    first, other = (json.loads(_bench(endpoint.url, *options).stdout) for _ in range(2))
+    _bench(endpoint.url, *options, "--seed", str(first["seed"]))
+    assert first["seed"] != other["seed"]
+    assert endpoint.prompts[0] == endpoint.prompts[2] != endpoint.prompts[1]
+
+
+def test_events_without_a_space_are_read_too(endpoint: _Endpoint) -> None:
+    endpoint.space = ""
+    done = _bench(endpoint.url, "--users", "1", "--output", "5", "--rounds", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["results"][0]["gap"]["p50_s"] >= 0.8 * _GAP_S
+
+
+def test_an_answer_without_a_token_is_none(endpoint: _Endpoint) -> None:
+    endpoint.is_silent = True
+    done = _bench(endpoint.url, "--users", "1")
+    assert done.returncode == 1
+    assert "holds no tokens" in done.stderr
+
+
+def test_what_a_proxy_says_is_told_with_its_status(endpoint: _Endpoint) -> None:
+    endpoint.is_proxy_without_server = True
+    done = _bench(endpoint.url, "--users", "1")
+    assert done.returncode == 1
+    assert "HTTP 502" in done.stderr and "Bad Gateway" in done.stderr
+
+
 def test_two_endpoints_stand_in_one_table_and_on_one_page(endpoint: _Endpoint, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     options = ("--users", "1", "--output", "4", "--rounds", "1", "--against", f"other={endpoint.url}")
@@ -175,6 +218,8 @@ def test_two_endpoints_stand_in_one_table_and_on_one_page(endpoint: _Endpoint, t
         (("--prompt", "many"), "--prompt"),
         (("--against", "http://127.0.0.1:1"), "NAME=URL"),
         (("--plot", "page.png"), "FILE.html"),
+        (("--plot", "no-such-folder/page.html"), "folder"),
+        (("--against", "other=http://127.0.0.1:port"), "expected a URL"),
         (("--against", "potluck=http://127.0.0.1:1"), "name of its own"),
     ],
 )

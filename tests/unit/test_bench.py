@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import random
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 from cluster.cli.bench_client import Answer
 from cluster.cli.bench_measures import Load, Spread, inside, measure
 from cluster.cli.bench_prompts import LONG_WORDS, SHORT_WORDS, TokenCost, text_of
-from cluster.cli.bench_report import page
+from cluster.cli.bench_report import Table, page
 
 LOAD = Load(users=2, prompt_tokens=100, output_tokens=4, rounds=1)
 ANSWER = Answer(
@@ -71,6 +73,15 @@ def test_no_two_prompts_begin_alike_and_a_seed_repeats_them() -> None:
     prompts = [text_of(20, rng) for _ in range(50)]
     assert len({tuple(prompt.split()[:6]) for prompt in prompts}) == 50
     assert text_of(20, random.Random(0)) == prompts[0]
+
+
+def test_a_prompt_that_a_cache_knew_is_told() -> None:
+    said = Console(record=True, width=200, file=io.StringIO())
+    for cached in (0, 60):
+        Table(said).add(measure("x", LOAD, [replace(ANSWER, cached_tokens=cached)], None))
+    assert [line.strip() for line in said.export_text().splitlines() if "cache" in line] == [
+        "of a prompt's tokens 60 came from a cache"
+    ]
 
 
 def test_the_page_names_every_endpoint_and_no_name_becomes_markup() -> None:
