@@ -48,7 +48,7 @@ proto: setup ## generate cluster/wire/ from proto/
 	@$(BIN)/python deploy/proto_drift.py --write
 
 bench: export OMP_NUM_THREADS = 1
-bench: setup ## measure the targets on this machine and write docs/benchmarks.md (tens of minutes; BENCH=--quick: fewer)
+bench: setup ## measure the targets on this machine and write docs/benchmarks.md (over an hour; BENCH=--quick: fewer)
 	@$(BIN)/python -m tests.bench $(BENCH)
 
 bench-peers: export OMP_NUM_THREADS = 1

@@ -1,6 +1,7 @@
 """Usage: python -m tests.bench [--only 1,3] [--forms dense,experts,dense4,experts4] [--quick] [--peers] [--write FILE]
 
-Prints rows as they are measured and writes the page. A target that cannot be measured becomes a row that says why.
+Prints rows as they are measured and writes the page, where they take the place of what earlier runs found of the same
+forms and targets. A target that cannot be measured becomes a row that says why.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from cluster.errors import PotluckError, UsageError
 from tests.bench import cores
 from tests.bench.bench import Bench, bench_of
 from tests.bench.loads import FULL, QUICK, Effort
-from tests.bench.machine import Beside, machine
+from tests.bench.machine import Beside, commit, machine, now
 from tests.bench.model import FORMS, Form
 from tests.bench.peers.build import build
 from tests.bench.peers.llama import llama_arms
+from tests.bench.record import Run
 from tests.bench.rows import Row, unmeasured
 from tests.bench.table import Table
 from tests.bench.targets import (
@@ -40,6 +42,8 @@ from tests.bench.targets import (
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 
 _DEFAULT_FORMS = "dense,experts,dense4,experts4,hybrid"
+_COORDINATOR, _WEIGHTS = "The coordinator by itself", "Weights over links"
+_ORDER = (*(form.title for form in FORMS.values()), _COORDINATOR, _WEIGHTS)
 
 Measure = Callable[[Bench], list[Row]]
 
@@ -55,10 +59,11 @@ TARGETS: dict[int, Measure] = {
     9: gpu.rows,
     10: one_core.rows,
 }
-WITHOUT_ARMS = {weights.TARGET}
-"""What no form of the model has a part in."""
+WITHOUT_FORM = {7, weights.TARGET}
+"""What no form of the model has a part in, all or some of it; measured beside a whole form."""
 EVERY_FORM = {1, 2, 3, 5}
-"""What is measured on every form; the rest on the first one only."""
+"""What is measured on every form; the rest on these two, where nothing else is asked for."""
+WHOLE = {FORMS["dense"], FORMS["trial"]}
 ONLY = {FORMS["hybrid"]: {5}}
 """Forms for the sake of one target."""
 COMPARED = {1, 2, 3, 6, 10}
@@ -74,20 +79,31 @@ def main() -> int:
         build()
     effort = QUICK if options.quick else FULL
     used = ", ".join(map(str, cores.client_cores()))
-    with Beside() as beside:
-        table = Table(options.write, machine(peers=options.peers), used, beside, options.quick)
-        for index, name in enumerate(options.forms):
-            measured = set(TARGETS) if index == 0 else ONLY.get(FORMS[name], EVERY_FORM)
-            if wanted := sorted(options.only & measured):
-                _measure(table, FORMS[name], wanted, effort, options)
-        if 7 in options.only:
-            table.begin("The coordinator by itself")
+    described = machine(peers=options.peers, engine=options.backend, client_cores=used)
+    run = Run(now(), commit(), described, options.quick, "", 0.0)
+    table = Table(options.write, run, beside := Beside(), _ORDER)
+    with beside:
+        for form in options.forms:
+            if wanted := sorted(_wanted(form, options)):
+                _measure(table, form, wanted, effort, options)
+        apart = set[int](options.only or (WITHOUT_FORM if WHOLE & set(options.forms) else ()))
+        if 7 in apart:
+            table.begin(_COORDINATOR)
             table.add(7, lambda: hops.coordinator_rows(effort.coordinator_seconds))
-        if weights.TARGET in options.only:
-            table.begin("Weights over links")
+        if weights.TARGET in apart:
+            table.begin(_WEIGHTS)
             table.add(weights.TARGET, lambda: weights.rows(effort))
     sys.stdout.write(f"The page is {options.write}\n")
     return 0
+
+
+def _wanted(form: Form, options: argparse.Namespace) -> set[int]:
+    """Of a form that was named, exactly the targets that were named too."""
+    usual = set(TARGETS) if form in WHOLE else ONLY.get(form, EVERY_FORM)
+    if not options.only:
+        return usual
+    named = set[int](options.only & TARGETS.keys())
+    return named if options.chosen else named & usual
 
 
 def _measure(table: Table, form: Form, wanted: Sequence[int], effort: Effort, options: argparse.Namespace) -> None:
@@ -110,21 +126,29 @@ def _measure(table: Table, form: Form, wanted: Sequence[int], effort: Effort, op
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description="Measure the project's targets.")
     parser.add_argument("--only", metavar="N,...", default="", help="these targets (all)")
-    parser.add_argument("--forms", metavar="NAME,...", default=_DEFAULT_FORMS, help=f"of {', '.join(FORMS)}")
+    parser.add_argument("--forms", metavar="NAME,...", help=f"of {', '.join(FORMS)} ({_DEFAULT_FORMS})")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and shorter loads: does it work?")
     parser.add_argument("--peers", action="store_true", help="llama.cpp in the same run; built when it is not there")
     parser.add_argument("--backend", default="torch", choices=("torch", "mlx"), help="the nodes' engine (torch)")
-    parser.add_argument("--write", type=Path, default=PAGE, metavar="FILE", help="the page (docs/benchmarks.md)")
+    parser.add_argument(
+        "--write",
+        type=Path,
+        default=PAGE,
+        metavar="FILE",
+        help="the page; its record is beside it (docs/benchmarks.md)",
+    )
     options = parser.parse_args()
-    options.forms = options.forms.split(",")
-    unknown = [name for name in options.forms if name not in FORMS]
+    options.chosen = options.forms is not None
+    names = (options.forms or _DEFAULT_FORMS).split(",")
+    unknown = [name for name in names if name not in FORMS]
     if unknown:
         raise UsageError(f"expected --forms of {', '.join(FORMS)}, found {unknown[0]!r}")
-    known = TARGETS.keys() | WITHOUT_ARMS
-    numbers = options.only.split(",") if options.only else map(str, known)
+    options.forms = [FORMS[name] for name in names]
+    known = TARGETS.keys() | WITHOUT_FORM
+    numbers = options.only.split(",") if options.only else []
     if not all(number.isdecimal() and int(number) in known for number in numbers):
         raise UsageError(f"expected --only with numbers from 1 to {max(known)}, such as 1,3, found {options.only!r}")
-    options.only = {int(number) for number in options.only.split(",")} if options.only else set(known)
+    options.only = {int(number) for number in numbers}
     return options
 
 

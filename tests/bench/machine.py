@@ -1,4 +1,4 @@
-"""What the table was measured on: hardware, versions, and what else the machine was doing."""
+"""What the table was measured on: commit, hardware, versions, and what else the machine was doing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import platform
 import subprocess
 import threading
 from collections.abc import Mapping
-from datetime import date
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
 
@@ -17,21 +17,38 @@ import psutil
 from cluster.quantities import format_bytes
 from tests.bench.peers.build import VERSION
 
-_PACKAGES = ("torch", "transformers", "numpy", "grpcio", "uvicorn", "uvloop")
+_PACKAGES = ("torch", "mlx", "transformers", "numpy", "grpcio", "uvicorn", "uvloop")
 _ROOT = Path(__file__).parents[2]
 _SAMPLE_S = 5.0
 
 
-def machine(*, peers: bool) -> Mapping[str, str]:
+def now() -> str:
+    """As runs are dated."""
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def machine(*, peers: bool, engine: str, client_cores: str) -> Mapping[str, str]:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES if _installed(name))
     return {
-        "date": date.today().isoformat(),
-        "commit": _commit(),
         "processor": f"{_processor()}, {os.cpu_count()} cores",
         "memory": format_bytes(psutil.virtual_memory().total),
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         "versions": versions + (f"; llama.cpp of llama-cpp-python {VERSION}" if peers else ""),
+        "the nodes' engine": engine,
+        "cores of coordinators and client": client_cores,
     }
+
+
+def commit() -> str:
+    """What is measured. The page and its record do not count: a run before this one may have written them."""
+    name = _git("rev-parse", "--short", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs/benchmarks.*")
+    return f"{name}-dirty" if changed else name or "unknown"
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", "-C", str(_ROOT), *words], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
 
 
 class Beside:
@@ -49,6 +66,10 @@ class Beside:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
+
+    def forget(self) -> None:
+        """What was seen until now does not count any more."""
+        self._shares = []
 
     def told(self) -> str:
         if not self._shares:
@@ -91,13 +112,6 @@ def _processor() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "-C", str(_ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or "unknown"
 
 
 def _installed(name: str) -> bool:

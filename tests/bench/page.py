@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from tests.bench.rows import Row, Section
+from tests.bench.record import Part, Record, newest
+from tests.bench.rows import Row
 
 _HEAD = """# Benchmarks
 
-Written by `make bench` (`make bench-peers` adds llama.cpp to the same run); do not edit. Every number of the last run
-stands here, good or bad. Ratios count: absolute figures do not travel to another machine.
+Written by `make bench` (`make bench-peers` adds llama.cpp to the same run) from `benchmarks.json`; do not edit. A run
+replaces what it measures, form by form and target by target, and leaves the rest with the runs that they are of. Every
+number of a target's last run stands here, good or bad. Ratios count: absolute figures do not travel to another machine.
 """
 
 _EVERY_TARGET = frozenset(range(1, 12))
@@ -20,7 +22,7 @@ _METHOD = """## Method
   3072, vocabulary 32000) with random bf16 weights, and a mixture of experts of the same size (Qwen3-MoE, 8 experts of
   384, 2 in use). "4 bits" is `serve --bits 4`. The hybrid is a smaller Qwen3-Next shape.
 - **Every node is pinned to one core** with `taskset` and computes with one thread. Coordinators and the client may use
-  the same cores in every arm: {client_cores}.
+  the same cores in every arm.
 - **Arms are interleaved in one run**: each load goes to one arm after the other, and again for each round. Rates and
   times are the client's, medians over the rounds; the client is `potluck bench`'s. Unless said otherwise a load is 100
   tokens in and 128 out, greedy, prompts of random words that no cache has seen.
@@ -46,36 +48,66 @@ _METHOD = """## Method
 """
 
 
-def render(
-    sections: Sequence[Section], machine: Mapping[str, str], *, client_cores: str, beside: str, quick: bool
-) -> str:
-    """The whole page. `beside` is what else the machine was doing."""
+def render(record: Record) -> str:
+    """The whole page."""
+    machines = _machines(record)
     parts = [_HEAD]
-    if quick:
-        parts.append("**A quick run**: fewer rounds and shorter loads than the table is meant for.\n")
-    parts.append("## Machine\n")
-    parts.append("| | |\n|---|---|")
-    parts += [f"| {name} | {value} |" for name, value in machine.items()]
-    parts.append(f"| beside the benchmark | {beside} |\n")
-    parts.append("## Verdicts\n")
-    parts.append(_summary(sections))
-    for section in sections:
+    parts.append("## Runs\n")
+    parts.append("| section | targets | measured | commit | machine | |\n|---|---|---|---|--:|---|")
+    parts += [_run_line(section.title, part, machines) for section in record for part in section.parts]
+    for number, machine in enumerate(machines, 1):
+        parts.append(f"\n## Machine {number}\n\n| | |\n|---|---|")
+        parts += [_cells(name, value) for name, value in machine.items()]
+    parts.append("\n## Verdicts\n")
+    parts.append(_summary(record))
+    for section in record:
         parts.append(f"## {section.title}\n")
         parts.append("| # | what | measured | ceiling | target | verdict |\n|--:|---|--:|--:|--:|---|")
         parts += [_line(row) for row in section.rows]
-        parts.append(f"\nMeasured in {section.ended_s - section.began_s:.0f} s.\n")
-    parts.append(_METHOD.format(client_cores=client_cores))
+        parts.append("")
+        parts += [_run_text(part, record) for part in section.parts]
+    parts.append(_METHOD)
     return "\n".join(parts)
 
 
-def _summary(sections: Sequence[Section]) -> str:
-    promised = [row for section in sections for row in section.rows if row.promise is not None]
-    measured = [row for row in promised if row.value is not None]
+def _machines(record: Record) -> list[Mapping[str, str]]:
+    """Each once, in the order in which sections name them."""
+    found: list[Mapping[str, str]] = []
+    for run in (part.run for section in record for part in section.parts):
+        if run.machine not in found:
+            found.append(run.machine)
+    return found
+
+
+def _run_line(title: str, part: Part, machines: Sequence[Mapping[str, str]]) -> str:
+    run = part.run
+    number = machines.index(run.machine) + 1
+    return _cells(title, _numbers(part.targets), run.date, run.commit, str(number), "quick" if run.quick else "")
+
+
+def _run_text(part: Part, record: Record) -> str:
+    """Under a section: how its rows of one run came about."""
+    run, last = part.run, newest(record)
+    text = f"Targets {_numbers(part.targets)}: measured on {run.date} at commit {run.commit}, in {run.seconds:.0f} s."
+    if last is not None and run.commit != last.commit:
+        text += f" **Another commit** than the newest here, {last.commit}."
+    if run.quick:
+        text += " **A quick run**: fewer rounds and shorter loads than the table is meant for."
+    return f"{text} Meanwhile {run.beside}.\n"
+
+
+def _numbers(targets: Sequence[int]) -> str:
+    return ", ".join(map(str, targets))
+
+
+def _summary(record: Record) -> str:
+    rows = [row for section in record for row in section.rows]
+    measured = [row for row in rows if row.promise is not None and row.value is not None]
     held = sum(row.verdict == "holds" for row in measured)
-    missing = sum(row.value is None for section in sections for row in section.rows)
+    missing = sum(row.value is None for row in rows)
     text = f"{held} of {len(measured)} measured targets hold; rows that could not be measured here: {missing}.\n"
-    absent = sorted(_EVERY_TARGET - {row.target for section in sections for row in section.rows})
-    return text + (f"Not in this run: targets {', '.join(map(str, absent))}.\n" if absent else "")
+    absent = sorted(_EVERY_TARGET - {row.target for row in rows})
+    return text + (f"Not measured yet: targets {_numbers(absent)}.\n" if absent else "")
 
 
 def _line(row: Row) -> str:
@@ -83,7 +115,10 @@ def _line(row: Row) -> str:
     value = "" if row.value is None else quantity(row.value, row.unit)
     ceiling = "" if row.ceiling is None else quantity(row.ceiling, row.unit)
     verdict = " ".join(part for part in (row.verdict, f"({row.note})" if row.note else "") if part)
-    cells = (str(row.target), row.name, value, ceiling, target, verdict)
+    return _cells(str(row.target), row.name, value, ceiling, target, verdict)
+
+
+def _cells(*cells: str) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 

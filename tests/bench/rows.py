@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,16 +56,6 @@ class Row:
             return "holds"
         direction = "less" if self.promise.kind == "at most" else "more"
         return f"**misses**: {self.promise.missed_by(self.value):.0%} {direction} needed"
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """The rows of one form of the model, such as the dense shape in bf16."""
-
-    title: str
-    rows: Sequence[Row]
-    began_s: float
-    ended_s: float = 0.0
 
 
 def unmeasured(target: int, name: str, why: str) -> Row:

@@ -1,33 +1,43 @@
-"""The table while it grows: rows are printed as they are measured, and the page is written anew after every target, so
-that a run that is broken off leaves what it has."""
+"""The table while it grows: rows are printed as they are measured, and the page and its record are written anew after
+every target, so that a run that is broken off leaves what it has, beside what others had measured before."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tests.bench.machine import Beside
+from tests.bench import record_file
+from tests.bench.machine import Beside, now
 from tests.bench.page import quantity, render
-from tests.bench.rows import Row, Section, unmeasured
+from tests.bench.record import Part, Record, Run, measured_anew
+from tests.bench.rows import Row, unmeasured
 
 
 @dataclass(slots=True)
 class Table:
-    """Sections of one run, and the page that they become."""
+    """What this run measures, section by section, in the record of what has been measured."""
 
-    path: Path
-    machine: Mapping[str, str]
-    client_cores: str
+    page: Path
+    run: Run  # of the section that grows
     beside: Beside
-    quick: bool
-    sections: list[Section] = field(default_factory=list)
+    order: Sequence[str]  # of the sections' titles
+    record: Record = field(init=False)
+    _before: Record = field(init=False)
+    _title: str = ""
+    _rows: list[Row] = field(default_factory=list)
+    _began_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.record = self._before = record_file.load(record_file.beside_page(self.page))
 
     def begin(self, title: str) -> None:
-        """The rows that follow are of this form."""
-        self.sections.append(Section(title, [], time.monotonic()))
+        """The rows that follow are of this section."""
+        self._before, self._title, self._rows = self.record, title, []
+        self.run, self._began_s = replace(self.run, date=now()), time.monotonic()
+        self.beside.forget()
         sys.stdout.write(f"\n{title}\n")
 
     def add(self, target: int, measure: Callable[[], list[Row]]) -> None:
@@ -39,15 +49,14 @@ class Table:
             rows = [unmeasured(target, f"target {target}", f"{type(error).__name__}: {error}"[:_REASON_CHARS_MAX])]
         for row in rows:
             _say(row)
-        section = self.sections[-1]
-        self.sections[-1] = Section(section.title, [*section.rows, *rows], section.began_s, time.monotonic())
-        self.write()
+        self._rows += rows
+        self.run = replace(self.run, beside=self.beside.told(), seconds=round(time.monotonic() - self._began_s, 1))
+        self.record = measured_anew(self._before, self._title, Part(self.run, tuple(self._rows)), self.order)
+        self._write()
 
-    def write(self) -> None:
-        text = render(
-            self.sections, self.machine, client_cores=self.client_cores, beside=self.beside.told(), quick=self.quick
-        )
-        self.path.write_text(text, encoding="utf-8")
+    def _write(self) -> None:
+        record_file.save(self.record, record_file.beside_page(self.page))
+        self.page.write_text(render(self.record), encoding="utf-8")
 
 
 _REASON_CHARS_MAX = 500

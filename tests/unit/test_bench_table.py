@@ -1,12 +1,12 @@
-"""The arithmetic of `make bench`, with made-up numbers: ceilings, verdicts, the page."""
+"""The arithmetic of `make bench`, with made-up numbers: ceilings and verdicts."""
 
 from __future__ import annotations
 
 import pytest
 
 from tests.bench import ceilings
-from tests.bench.page import quantity, render
-from tests.bench.rows import Row, Section, at_least, at_most, unmeasured
+from tests.bench.page import quantity
+from tests.bench.rows import Row, at_least, at_most, unmeasured
 
 
 def test_a_token_of_one_user_takes_each_stage_once_and_its_hops() -> None:
@@ -69,31 +69,3 @@ def test_numbers_have_as_many_digits_as_they_deserve() -> None:
         "34.6 ms",
         "346 tok/s",
     ]
-
-
-def test_the_page_shows_every_row_and_counts_what_holds() -> None:
-    rows = [
-        Row(1, "good", 1.0, "", 0.9, at_most(1.05)),
-        Row(2, "bad", 0.5, "", 1.0, at_least(0.9), note="a | b"),
-        Row(2, "plain", 112.0, "tok/s"),
-        unmeasured(9, "card", "no GPU here"),
-    ]
-    page = render(
-        [Section("Dense", rows, 10.0, 22.3)],
-        {"processor": "abacus"},
-        client_cores="0, 1",
-        beside="nothing",
-        quick=False,
-    )
-    assert "1 of 2 measured targets hold; rows that could not be measured here: 1." in page
-    assert "Not in this run: targets 3, 4, 5, 6, 7, 8, 10, 11." in page
-    assert "| 1 | good | 1.00 | 0.90 | at most 1.05 | holds |" in page
-    assert "| 2 | bad | 0.50 | 1.00 | at least 0.90 | **misses**: 80% more needed (a \\| b) |" in page
-    assert "| 2 | plain | 112 tok/s |  |  |  |" in page
-    assert "| 9 | card |  |  |  | not measured (no GPU here) |" in page
-    assert "Measured in 12 s." in page
-    assert "| processor | abacus |" in page and "quick run" not in page
-
-
-def test_a_quick_page_says_so() -> None:
-    assert "**A quick run**" in render([], {}, client_cores="0", beside="", quick=True)
