@@ -32,6 +32,7 @@ check: setup ## format, lint, types, import contracts, proto drift, unit tests (
 
 kernels: export OMP_NUM_THREADS = 1
 kernels: export PYTHONPATH = build/triton
+kernels: export TRITON_CACHE_DIR = build/triton-cache
 kernels: setup ## the GPU kernels by Triton's interpreter and compiler, no GPU needed (Linux; 690 MB on first use)
 	@test -d build/triton || $(BIN)/python -m pip install --quiet --target build/triton --no-deps $(TRITON)
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/oracle/test_ragged.py

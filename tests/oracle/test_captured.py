@@ -7,6 +7,7 @@ freezes whatever was not read from a tensor. `test_cuda_engine.py` is the same o
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,10 +16,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+import node.engines.torch
 from cluster.types import SequenceId
 from node.engine import Engine
 from node.engines.torch import captured, layer_kv
-from node.engines.torch.captured import DecodeSteps
+from node.engines.torch.captured import DecodeSteps, means_of
 from node.engines.torch.engine import TorchEngine
 from node.engines.torch.kv import SequenceCache
 from node.engines.torch.ragged import Attend
@@ -36,6 +38,12 @@ TOKENS = 14
 Checkpoints = Callable[[str], Path]
 References = Callable[..., Reference]
 WholeModels = Callable[[str], WholeModel]
+
+
+@pytest.fixture(autouse=True)
+def _few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A load computes with each number of rows that may be recorded; here that takes long."""
+    monkeypatch.setattr(captured, "RECORDED_ROWS_MAX", 4)
 
 
 def pipeline(
@@ -70,7 +78,7 @@ def test_replayed_steps_equal_the_whole_model(
     assert recorder.replayed - before == len(engines) * (TOKENS - 1)
 
 
-@pytest.mark.parametrize("family", RECORDED)
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss"])
 def test_sequences_join_and_leave_recorded_steps(family: str, checkpoint: Checkpoints, reference: References) -> None:
     """Prompts of some travel with decode rows of others; then they decode together, one, two and three at a time."""
     expected = [reference(family, prompt_tokens) for prompt_tokens in (5, 23, 40)]
@@ -137,6 +145,31 @@ def test_what_no_kernel_knows_is_computed_row_by_row(
     assert recorder.replayed == before
 
 
+def test_kernels_are_compiled_for_every_number_of_rows_at_load(checkpoint: Checkpoints) -> None:
+    """So that nobody who joins others waits for that."""
+    met = set()
+
+    def noting(query: torch.Tensor, *args: object) -> torch.Tensor:
+        met.add(query.shape[1])
+        return attend(query, *args)  # type: ignore[arg-type]
+
+    pipeline(checkpoint("llama"), (), attend=noting)
+    assert met == {1, 2, 4}
+
+
+def test_without_triton_rows_are_computed_one_by_one(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "node.engines.torch.ragged_kernels", raising=False)
+    monkeypatch.delattr(node.engines.torch, "ragged_kernels", raising=False)
+    with caplog.at_level(logging.WARNING, "node.engines.torch.captured"):
+        assert means_of(torch.device("cuda:0")) is None
+    assert "not recorded on cuda:0, which makes them slower: import of triton halted" in caplog.text
+    assert means_of(torch.device("cpu")) is None
+    assert caplog.text.count("not recorded") == 1
+
+
 def test_what_waits_for_the_device_is_computed_unrecorded(
     checkpoint: Checkpoints, reference: References, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,10 +212,7 @@ def test_a_full_memory_for_records_costs_no_answer(
     assert caplog.text.count("decode steps of 4 rows and more are not recorded") == 1
 
 
-def test_many_rows_are_computed_at_once_but_not_recorded(
-    checkpoint: Checkpoints, whole_model: WholeModels, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(captured, "RECORDED_ROWS_MAX", 4)
+def test_many_rows_are_computed_at_once_but_not_recorded(checkpoint: Checkpoints, whole_model: WholeModels) -> None:
     recorder = FrozenRecorder()
     (engine,) = pipeline(checkpoint("llama"), (), recorder)
     prompts = [random_prompt(4 + seq, seed=seq) for seq in range(5)]

@@ -32,7 +32,8 @@ RECORDED_ROWS_MAX: Final = 64
 """Above, computing takes longer than Python does, and a record takes memory with every row."""
 
 _PROGRAMS_PER_PROCESSOR: Final = 4
-"""Of a kernel, under way at once on each of a card's processors: enough to hide how long memory takes to answer."""
+"""Of a kernel, under way at once on each of a card's processors, so that some compute while others wait for memory. How
+many are best has not been measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,14 @@ class DecodeSteps:
             self._upload(rows, inputs, places, count)
             outputs = compute()
             return self._to_host(rows, outputs)
+
+    def compile_all(self) -> None:
+        """Compute for nobody, with each number of rows that may be recorded: kernels are compiled for each, which takes
+        seconds where it was never done, and at a load nobody waits for a token."""
+        self._place([self._nobody] * RECORDED_ROWS_MAX)
+        with self._on_device():
+            for power in range(RECORDED_ROWS_MAX.bit_length()):
+                self._compute(1 << power)
 
     def close(self) -> None:
         """Free what was recorded."""

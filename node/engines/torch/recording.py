@@ -15,9 +15,6 @@ from cluster.quantities import MIB
 Compute = Callable[[], tuple[torch.Tensor, ...]]
 """Computes from tensors that stay in their places. What it returns is valid until it is called again."""
 
-_WARM_UPS: Final = 2
-"""Calls before a recording: what is compiled, looked up or allocated once must not be recorded."""
-
 _ROUNDING_BYTES: Final = 24 * MIB
 """What torch's allocator takes above what is asked of it: blocks of 20 MiB for large tensors, of 2 for small ones."""
 
@@ -63,13 +60,18 @@ class GraphRecorder:
         return replay
 
     def _warm_up(self, compute: Compute) -> int:
-        """Compute beside everything else, and tell how many bytes that took at most."""
-        current = torch.cuda.current_stream(self._device)
+        """Compute beside everything else, and tell how many bytes that took at most. Whatever waits for the device is
+        refused here already: torch's allocator does not get over a recording that fails."""
+        current, checked = torch.cuda.current_stream(self._device), torch.cuda.get_sync_debug_mode()
         torch.cuda.reset_peak_memory_stats(self._device)
         before = torch.cuda.memory_allocated(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            for _ in range(_WARM_UPS):
+            compute()  # compiles and looks up what must not be recorded, and may wait for that
+            torch.cuda.set_sync_debug_mode("error")
+            try:
                 compute()
+            finally:
+                torch.cuda.set_sync_debug_mode(checked)
         current.wait_stream(self._stream)
         return torch.cuda.max_memory_allocated(self._device) - before

@@ -38,6 +38,7 @@ def is_right(steps: DecodeSteps, eagerly: Eagerly, new: Callable[[], SequenceCac
     """Whether `steps` may be used. If not, the log says why."""
     try:
         difference = _difference(steps, eagerly, new, spec)
+        steps.compile_all()
     except Exception as error:  # noqa: BLE001 - whatever it is, rows can be computed one by one
         reason = f"{type(error).__name__}: {error}"
     else:
