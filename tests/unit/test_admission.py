@@ -11,7 +11,7 @@ from cluster.limits import BATCH_PATIENCE_S, QUEUED_PROMPT_TOKENS_MAX, QUEUED_RE
 from cluster.steps import CacheVerb, Drop
 from cluster.types import SequenceId
 from coordinator.admission import Admission, Room
-from coordinator.deadlines import Times
+from coordinator.deadlines import Deadlines, Times
 from coordinator.lanes import Lane
 from coordinator.promises import ANSWER_TOKENS_FIRST, ANSWERS_BELIEVED, Promises
 from coordinator.scheduler import Scheduler
@@ -44,6 +44,30 @@ def test_the_promise_is_learnt_from_answers_that_ended() -> None:
     it.submit([ask(99, max_tokens=1900, open_ended=True)], NOW)
     step_of(it)
     assert it.reserved_tokens == 3 + 10
+
+
+def test_four_of_five_answers_stay_within_their_promise() -> None:
+    it = scheduler(kv_tokens=2000, context=2000, budget=64)
+    for length in range(1, ANSWERS_BELIEVED + 1):
+        it.submit([ask(length, max_tokens=1900, open_ended=True)], NOW)
+        for _ in range(length - 1):
+            turn(it)
+        turn(it, END)
+    it.submit([ask(99, max_tokens=1900, open_ended=True)], NOW)
+    step_of(it)
+    assert it.reserved_tokens == 3 + 7  # of the lengths 1 to 8
+
+
+def test_answers_that_took_too_long_teach_nothing() -> None:
+    it = scheduler(kv_tokens=2000, context=2000, budget=64)
+    hurried = Deadlines(between_tokens_s=1)
+    for number in range(ANSWERS_BELIEVED):
+        it.submit([ask(number, max_tokens=1900, open_ended=True, deadlines=hurried)], NOW)
+        turn(it)
+        assert len(it.expire(NOW + 1)) == 1
+    it.submit([ask(99, max_tokens=1900, open_ended=True)], NOW)
+    step_of(it)
+    assert it.reserved_tokens == 3 + ANSWER_TOKENS_FIRST
 
 
 def open_ended(it: Scheduler, count: int) -> None:

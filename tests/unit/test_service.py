@@ -170,6 +170,37 @@ def test_a_limit_of_the_servers_is_a_504(deadlines: Deadlines, code: str, silent
     assert (response.status_code, error["code"], error["param"]) == (504, code, None)
 
 
+def test_choices_after_the_first_may_wait_for_its_room() -> None:
+    """Nine choices where eight have room: the ninth waits longer than a request may wait for its first."""
+
+    async def scenario() -> httpx.Response:
+        async with endpoint(Deadlines(queue_s=0.2)) as it:
+            it.pipeline.silent_after = 2
+            asking = asyncio.create_task(it.complete(n=9, max_tokens=CONTEXT - 3, stop="stop", temperature=0))
+            await it.pipeline.silent.wait()
+            await asyncio.sleep(0.5)
+            it.pipeline.go_on()
+            return await asking
+
+    response = asyncio.run(scenario())
+    assert response.status_code == 200, response.text
+    assert len(response.json()["choices"]) == 9
+
+
+@pytest.mark.parametrize(("priority", "status"), [("interactive", 504), ("batch", 200)])
+def test_batch_work_is_not_held_to_the_deadlines_of_people(priority: str, status: int) -> None:
+    async def scenario() -> httpx.Response:
+        async with endpoint(Deadlines(first_token_s=0.2)) as it:
+            it.pipeline.silent_after = 0
+            asking = asyncio.create_task(it.complete(max_tokens=4, priority=priority))
+            await it.pipeline.silent.wait()
+            await asyncio.sleep(0.5)
+            it.pipeline.go_on()
+            return await asking
+
+    assert asyncio.run(scenario()).status_code == status
+
+
 def test_who_is_displaced_from_a_full_queue_hears_when_to_come_back() -> None:
     """One client fills the queue behind its first request; another one's takes the place of its newest."""
 
