@@ -37,6 +37,7 @@ class _Endpoint(ThreadingHTTPServer):
         self.is_silent = False
         self.space = " "
         self.prompts: list[str] = []  # without those that find out what the endpoint understands
+        self.asked_to_last: set[bool] = set()  # by the same
         self.at_once = 0
         self.most_at_once = 0
         self.lock = threading.Lock()
@@ -70,6 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(502, b"<html>Bad Gateway</html>")
         if body["max_tokens"] > 4:
             self.server.prompts.append(body["messages"][0]["content"])
+            self.server.asked_to_last.add(body.get("ignore_eos", False))
         if "ignore_eos" in body and not self.server.knows_ignore_eos:
             return self._whole(400, {"error": {"message": "ignore_eos is unknown here"}})
         if self.server.full and body["max_tokens"] > 4:
@@ -138,6 +140,7 @@ def test_what_is_measured_is_what_the_endpoint_did(endpoint: _Endpoint) -> None:
         assert 0.8 * _GAP_S <= result["gap"]["p50_s"] < _GAP_S + 0.1
         assert result["inside"] is None
     assert endpoint.most_at_once == 3
+    assert endpoint.asked_to_last == {True}
     assert three["tokens_s"] > 1.5 * alone["tokens_s"]
 
 
@@ -153,6 +156,7 @@ def test_an_endpoint_that_refuses_ignore_eos_is_measured_without(endpoint: _Endp
     done = _bench(endpoint.url, "--users", "1", "--output", "5", "--rounds", "1")
     assert done.returncode == 0, done.stderr
     assert "tiny" in done.stderr and "failed" not in done.stdout
+    assert endpoint.asked_to_last == {False}
 
 
 def test_a_key_opens_every_door_of_an_endpoint(endpoint: _Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,21 +6,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import httpx
 import pytest
 
+from cluster.errors import RequestError
 from cluster.limits import QUEUED_REQUESTS_MAX
-from cluster.steps import Drawn, Step, StepDone
+from cluster.steps import Drawn, Sampling, Step, StepDone
 from coordinator.admission import Room
 from coordinator.api.app import create_app
 from coordinator.deadlines import Deadlines
-from coordinator.generation import ServedModel
+from coordinator.generation import GenerationRequest, ServedModel
+from coordinator.lanes import Lane
 from coordinator.pipeline import Pipeline, TimedOutcome
 from coordinator.promises import ANSWER_TOKENS_FIRST, ANSWERS_BELIEVED
+from coordinator.sequence import SequenceAsk
 from coordinator.service import InferenceService
-from coordinator.serving import Serving
+from coordinator.serving import Listener, Serving
+from coordinator.unread import Unread
 from tests.fake_generator import text_model
 
 CONTEXT = 4096
@@ -62,11 +67,13 @@ class PromptPipeline:
 
 
 class Endpoint:
-    def __init__(self, pipeline: PromptPipeline, serving: Serving, client: httpx.AsyncClient) -> None:
-        self.pipeline, self.serving, self._client = pipeline, serving, client
+    def __init__(
+        self, pipeline: PromptPipeline, serving: Serving, service: InferenceService, client: httpx.AsyncClient
+    ) -> None:
+        self.pipeline, self.serving, self.service, self._client = pipeline, serving, service, client
 
     async def complete(self, *, key: str = "", **fields: object) -> httpx.Response:
-        headers = {"authorization": f"Bearer {key}"}
+        headers = {"authorization": f"Bearer {key}"} if key else {}
         return await self._client.post("/v1/completions", json={"prompt": [5, 6, 7], **fields}, headers=headers)
 
     async def chat(self, **fields: object) -> Any:
@@ -91,7 +98,7 @@ async def endpoint(deadlines: Deadlines | None = None) -> AsyncIterator[Endpoint
     transport = httpx.ASGITransport(app=create_app(service))
     try:
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as client:
-            yield Endpoint(pipeline, serving, client)
+            yield Endpoint(pipeline, serving, service, client)
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
@@ -199,6 +206,49 @@ def test_batch_work_is_not_held_to_the_deadlines_of_people(priority: str, status
             return await asking
 
     assert asyncio.run(scenario()).status_code == status
+
+
+def test_what_a_request_says_of_itself_reaches_the_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lane, whose turn it takes, and with whom it shares what prompts have left in the caches."""
+    asks: list[SequenceAsk] = []
+
+    async def scenario() -> None:
+        async with endpoint() as it:
+            submit = it.serving.submit
+
+            def noted(some: Sequence[SequenceAsk], listener: Listener) -> None:
+                asks.extend(some)
+                submit(some, listener)
+
+            monkeypatch.setattr(it.serving, "submit", noted)
+            for key, fields in (("", {}), ("", {"service_tier": "flex"}), ("one", {"priority": "batch"}), ("two", {})):
+                answer = await it.complete(key=key, max_tokens=2, **fields)
+                assert answer.status_code == 200
+
+    asyncio.run(scenario())
+    nobody, flex, one, two = asks
+    assert [ask.lane for ask in asks] == [Lane.INTERACTIVE, Lane.BATCH, Lane.BATCH, Lane.INTERACTIVE]
+    assert nobody.salt == flex.salt == "" and nobody.client == flex.client
+    assert len({ask.salt for ask in (nobody, one, two)}) == len({ask.client for ask in (nobody, one, two)}) == 3
+
+
+def test_who_reads_no_further_loses_the_answer_and_its_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coordinator.service.Unread", partial(Unread, events_max=8))
+    eos_ids: frozenset[int] = frozenset()
+    asked = GenerationRequest("x", ((5, 6, 7),), Sampling(seed=0), 1, 1000, 0, True, eos_ids)
+
+    async def scenario() -> None:
+        async with endpoint() as it:
+            it.pipeline.silent_after = 50  # so that it does not come to its end meanwhile
+            events = it.service.submit(asked)
+            await anext(events)
+            async with asyncio.timeout(30):
+                while it.reserved:  # noqa: ASYNC110 - nobody says when it is given up
+                    await asyncio.sleep(0)
+            with pytest.raises(RequestError, match="given up"):
+                await anext(events)
+
+    asyncio.run(scenario())
 
 
 def test_who_is_displaced_from_a_full_queue_hears_when_to_come_back() -> None:
