@@ -132,6 +132,8 @@ def _load(serving: Serving) -> dict[str, object]:
         ],
         "tokens_drawn": serving.telemetry.tokens_drawn,
         "stages_busy_s": list(serving.telemetry.stages_busy_s),
+        "decode_steps": serving.telemetry.decode_steps,
+        "decode_hops_s": serving.telemetry.decode_hops_s,
         "token_time": None if times is None else _times(times),
     }
 

@@ -41,6 +41,8 @@ class Telemetry:
         self.steps = 0
         self.tokens_drawn = 0
         self.stages_busy_s: tuple[float, ...] = ()  # each stage's computing, since the plan was installed
+        self.decode_steps = 0  # without prefill, since then
+        self.decode_hops_s = 0.0  # what no stage accounts for in all of those
 
     def note(self, timed: TimedOutcome, *, drawn: int, decode_only: bool) -> None:
         """Record a step. Only steps without prefill count for the time of a token."""
@@ -51,6 +53,8 @@ class Telemetry:
             self.stages_busy_s = tuple(s + mark.compute_s for s, mark in zip(before, timed.marks, strict=True))
         if decode_only and timed.marks:
             self._window.append(timed)
+            self.decode_steps += 1
+            self.decode_hops_s += timed.hops_s
 
     def token_time(self) -> TokenTime | None:
         """None until a decode step has come back."""

@@ -41,8 +41,8 @@ class Inside:
     """What only a Potluck endpoint tells of itself."""
 
     busy: tuple[float, ...]  # share of the time that each stage computed
-    hops_s: float | None  # of a token's time, on links and event loops
-    bytes_per_token: int  # over all links
+    hops_s: float | None  # of a token's time, on links and event loops; None where no step was without a prompt's chunk
+    bytes_per_token: int  # of its hidden states, over all links between stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +98,20 @@ def inside(before: Mapping[str, object] | None, after: Mapping[str, object] | No
         return None
     if len(now_s) != len(then_s) or any(now < then for now, then in zip(now_s, then_s, strict=True)):
         return None  # another plan counts from zero
-    times = load.get("token_time")
-    hops_s = times.get("hops_s") if isinstance(times, dict) else None
     return Inside(
         busy=tuple(min(1.0, (now - then) / wall_s) for now, then in zip(now_s, then_s, strict=True)),
-        hops_s=float(hops_s) if isinstance(hops_s, int | float) else None,
+        hops_s=_mean_hops_s(earlier, load),
         bytes_per_token=width * (len(now_s) - 1),
     )
+
+
+def _mean_hops_s(earlier: Mapping[str, object], load: Mapping[str, object]) -> float | None:
+    """Of the decode steps between two pictures."""
+    steps, hops_s = ([part.get(name) for part in (earlier, load)] for name in ("decode_steps", "decode_hops_s"))
+    match steps, hops_s:
+        case [int(first), int(last)], [float(then_s), float(now_s)] if last > first:
+            return (now_s - then_s) / (last - first)
+    return None
 
 
 def _part(status: Mapping[str, object] | None, name: str) -> Mapping[str, object] | None:

@@ -43,16 +43,21 @@ def test_failed_requests_are_told_and_their_times_left_out() -> None:
     assert result.first is not None and result.first.p99_s == pytest.approx(0.5)
 
 
-def status(busy: list[float]) -> dict[str, object]:
-    load = {"stages_busy_s": busy, "token_time": {"hops_s": 0.002}}
+def status(busy: list[float], steps: int = 0, hops_s: float = 0.0) -> dict[str, object]:
+    load = {"stages_busy_s": busy, "decode_steps": steps, "decode_hops_s": hops_s}
     return {"plan": {"boundary_bytes": 256}, "load": load}
 
 
 def test_how_busy_stages_were_follows_from_what_they_computed_meanwhile() -> None:
-    seen = inside(status([1.0, 2.0, 0.0]), status([3.0, 2.5, 4.0]), 4.0)
+    seen = inside(status([1.0, 2.0, 0.0], 100, 9.0), status([3.0, 2.5, 4.0], 150, 9.1), 4.0)
     assert seen is not None
     assert seen.busy == (0.5, 0.125, 1.0)
-    assert (seen.hops_s, seen.bytes_per_token) == (0.002, 512)
+    assert (seen.hops_s, seen.bytes_per_token) == (pytest.approx(0.002), 512)
+
+
+def test_nothing_is_said_of_hops_where_no_step_was_without_a_prompt() -> None:
+    seen = inside(status([1.0], 100, 9.0), status([3.0], 100, 9.0), 4.0)
+    assert seen is not None and seen.hops_s is None
 
 
 @pytest.mark.parametrize("before", [None, {}, status([9.0, 9.0]), status([1.0])], ids=["none", "other", "anew", "cut"])
