@@ -133,6 +133,7 @@ def _network() -> list[Check]:
         network.check_interfaces(table),
         network.check_multicast(chosen, works=asyncio.run(multicast_works(chosen))),
         network.check_firewall(network.active_firewalls()),
+        *([network.check_congestion(algorithm)] if (algorithm := network.congestion_algorithm()) else []),
     ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Doctor's checks of the network: ports, interfaces, multicast, macOS's Local Network permission, firewalls.
+"""Doctor's checks of the network: ports, interfaces, multicast, macOS's Local Network permission, firewalls, pacing.
 
 Verdicts are functions of facts; what has to be asked of the system is at the bottom.
 """
@@ -97,6 +97,20 @@ def check_firewall(active: Sequence[str]) -> Check:
     return Check("firewall", Status.WARN, f"{', '.join(active)} is on", f"where machines are not found: {_OPEN}")
 
 
+def check_congestion(algorithm: str) -> Check:
+    """How TCP paces what this machine sends to the others. BBR takes frames that come late, as on Wi-Fi, for a slow
+    link: measured over an emulated one, 64 MiB took two to three times as long as with CUBIC."""
+    name = "tcp pacing"
+    if not algorithm.startswith("bbr"):
+        return Check(name, Status.OK, algorithm)
+    return Check(
+        name,
+        Status.WARN,
+        f"{algorithm}, which may send slowly where frames come late, as on Wi-Fi",
+        "where machines are on Wi-Fi, `sudo sysctl -w net.ipv4.tcp_congestion_control=cubic`, then start Potluck again",
+    )
+
+
 def port_is_free(host: str, port: int) -> bool:
     """Whether a server could listen there."""
     with socket.socket() as probe:
@@ -133,6 +147,14 @@ def active_firewalls(root: Path = Path("/")) -> list[str]:
     if tool.exists() and "enabled" in _output([str(tool), "--getglobalstate"]):
         found.append("the macOS firewall")
     return found
+
+
+def congestion_algorithm(root: Path = Path("/")) -> str | None:
+    """What connections of this process begin with; None where the system is not Linux, or does not say."""
+    try:
+        return (root / "proc/sys/net/ipv4/tcp_congestion_control").read_text().strip() or None
+    except OSError:
+        return None
 
 
 def default_gateway() -> str | None:

@@ -19,6 +19,7 @@ def test_doctor_examines_this_machine_and_its_exit_code_agrees_with_its_verdict(
     by_name = {check["name"]: check for check in document["checks"]}
     assert {"python", "packages", "our modules", "engines", "gpu", "state folder", "disk"} <= by_name.keys()
     assert {"port of the endpoint", "port for nodes", "interfaces", "multicast", "firewall"} <= by_name.keys()
+    assert ("tcp pacing" in by_name) == (sys.platform == "linux")
     assert by_name["python"]["status"] == "ok"
     assert not [check for check in document["checks"] if "broke" in check["found"]]
 

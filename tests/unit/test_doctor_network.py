@@ -11,11 +11,13 @@ import pytest
 from cluster.cli.check import Status
 from cluster.cli.doctor_network import (
     active_firewalls,
+    check_congestion,
     check_firewall,
     check_interfaces,
     check_local_network,
     check_multicast,
     check_port,
+    congestion_algorithm,
     known_peers,
 )
 from cluster.interfaces import Interface
@@ -101,3 +103,23 @@ def test_an_active_firewall_is_a_hint_and_no_failure(tmp_path: Path) -> None:
     assert (check.status, check.found) == (Status.WARN, "ufw, firewalld is on")
     assert "UDP 5353" in check.do
     assert check_firewall([]).status is Status.OK
+
+
+@pytest.mark.parametrize("algorithm", ["bbr", "bbr2"])
+def test_pacing_that_takes_late_frames_for_a_slow_link_is_told_with_another(algorithm: str) -> None:
+    check = check_congestion(algorithm)
+    assert check.status is Status.WARN
+    assert algorithm in check.found and "tcp_congestion_control=cubic" in check.do
+
+
+def test_other_pacing_is_no_finding(tmp_path: Path) -> None:
+    setting = tmp_path / "proc" / "sys" / "net" / "ipv4" / "tcp_congestion_control"
+    setting.parent.mkdir(parents=True)
+    setting.write_text("cubic\n")
+    algorithm = congestion_algorithm(tmp_path)
+    assert algorithm == "cubic"
+    assert check_congestion(algorithm).status is Status.OK
+
+
+def test_a_system_without_the_setting_is_not_asked_about_it(tmp_path: Path) -> None:
+    assert congestion_algorithm(tmp_path) is None
