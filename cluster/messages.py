@@ -6,6 +6,7 @@ Text and numbers from other machines are checked here, so that what lies behind 
 
 from __future__ import annotations
 
+from math import inf
 from typing import TypeVar
 
 from cluster.errors import WireError
@@ -192,6 +193,7 @@ def heartbeat_out(beat: Heartbeat) -> pb.Heartbeat:
         kv_tokens_used=beat.kv_tokens_used,
         sequences=beat.sequences,
         problem=beat.problem,
+        narrow_error=beat.narrow_error,
     )
 
 
@@ -205,6 +207,7 @@ def heartbeat_in(message: pb.Heartbeat) -> Heartbeat:
         kv_tokens_used=message.kv_tokens_used,
         sequences=message.sequences,
         problem=_text(message.problem, 2000),
+        narrow_error=_error(message.narrow_error) if message.HasField("narrow_error") else None,
     )
 
 
@@ -213,6 +216,13 @@ def _spec_in(message: pb.TensorSpec) -> TensorSpec:
     if not 0 < spec.token_bytes * STEP_TOKENS_MAX < 1 << 34:
         raise WireError(f"a boundary tensor of {spec.token_bytes} bytes a token is beyond any model")
     return spec
+
+
+def _error(error: float) -> float:
+    """A relative error that another machine tells; a number, so that JSON can hold it."""
+    if not 0 <= error < inf:
+        raise WireError(f"expected a relative error, found {error}")
+    return error
 
 
 def _text(text: str, chars_max: int = _TEXT_CHARS_MAX) -> str:

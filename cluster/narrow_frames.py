@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.frames import Frame
-from cluster.narrowing import narrow, widen
+from cluster.narrowing import error_of, narrow, widen
 from cluster.steps import Row, Step
 from cluster.types import HostTensor
 
@@ -39,6 +39,15 @@ def narrowed(frame: Frame) -> Frame:
         return frame
     kept = tuple(_part(tensor, ~places) for tensor in frame.tensors)
     return replace(frame, tensors=kept, narrow=tuple(narrow(_part(tensor, places)) for tensor in frame.tensors))
+
+
+def error_of_narrowing(frame: Frame) -> float | None:
+    """The largest relative error, of its tensors, that those of its rows have which travel in eight bits."""
+    places = _places(frame.step)
+    if not places.any():
+        return None
+    errors = (error_of(_part(tensor, places)) for tensor in frame.tensors)
+    return max((error for error in errors if error is not None), default=None)
 
 
 def widened(frame: Frame) -> Frame:

@@ -116,3 +116,4 @@ class Heartbeat:
     kv_tokens_used: int
     sequences: int
     problem: str  # why the stage cannot serve any more; empty when it can
+    narrow_error: float | None = None  # relative, of the latest activations that it sent on in eight bits

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from cluster.models.facts import ModelFacts
 from cluster.plan import Plan
@@ -42,7 +42,7 @@ def status_of(
         ],
         "turned_away": [{"who": who, "reason": why} for who, why in roster.turned_away.items()],
         "plan": None if plan is None else _plan(plan, members),
-        "load": None if serving is None else _load(serving),
+        "load": None if serving is None else _load(serving, _narrow_errors(plan, members)),
     }
 
 
@@ -116,7 +116,14 @@ def _name(members: Mapping[NodeId, Member], node: NodeId) -> str:
     return member.facts.name if member else node
 
 
-def _load(serving: Serving) -> dict[str, object]:
+def _narrow_errors(plan: Plan | None, members: Mapping[NodeId, Member]) -> Iterator[float | None]:
+    """Of what each stage sends on in eight bits, as its node says; None before it has."""
+    for stage in plan.stages if plan else ():
+        member = members.get(stage.node)
+        yield member.beat.narrow_error if member and member.beat else None
+
+
+def _load(serving: Serving, narrow_errors: Iterator[float | None]) -> dict[str, object]:
     waiting, running, reserved = serving.load
     times = serving.telemetry.token_time()
     return {
@@ -127,7 +134,12 @@ def _load(serving: Serving) -> dict[str, object]:
         "kv_tokens": serving.room.kv_tokens,
         "prefix_cache": _prefixes(serving.prefixes),
         "links": [
-            {"bytes_s": link.bytes_s, "narrow": link.is_narrow, "narrow_tokens": link.narrow_tokens}
+            {
+                "bytes_s": link.bytes_s,
+                "narrow": link.is_narrow,
+                "narrow_tokens": link.narrow_tokens,
+                "narrow_error": next(narrow_errors, None),
+            }
             for link in serving.links
         ],
         "tokens_drawn": serving.telemetry.tokens_drawn,

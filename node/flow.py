@@ -19,7 +19,7 @@ from cluster.codec import Decoder, Expectation, encode
 from cluster.errors import ClusterError, NodeLost, PotluckError, WireError
 from cluster.frames import Frame, Hello, Outcome, StreamRole
 from cluster.handshake import greet, until_closed
-from cluster.narrow_frames import narrowed, widened
+from cluster.narrow_frames import error_of_narrowing, narrowed, widened
 from cluster.plan import Fence
 from cluster.transport import ByteStream, ClientStream, Credentials, open_stream
 from node.engine import Capacity
@@ -53,6 +53,7 @@ class StageFlow:
         self.is_last = is_last
         self.steps_done = 0
         self.problem = ""
+        self.narrow_error: float | None = None  # of the latest activations that went on in eight bits
         self._runner = runner
         self._engine_thread = engine_thread
         self._room = asyncio.Semaphore(_FRAMES_HELD)
@@ -158,11 +159,17 @@ class StageFlow:
         while True:
             result = await self._outbox.get()
             if isinstance(result, Frame) and result.tensors and self.stage in result.narrowing:
-                result = await asyncio.to_thread(narrowed, result)
+                result = await asyncio.to_thread(self._narrowed, result)
             for message in encode(result):
                 await stream.write(message)
             self._inbox.taken()
             self._room.release()
+
+    def _narrowed(self, frame: Frame) -> Frame:
+        """In a thread, one frame at a time."""
+        error = error_of_narrowing(frame)
+        self.narrow_error = self.narrow_error if error is None else error
+        return narrowed(frame)
 
     async def close(self) -> None:
         """Stop the tasks, hang up, and free the engine on its own thread."""

@@ -184,6 +184,7 @@ class NodeService(rpc.NodeServicer):
             kv_tokens_used=flow.capacity.kv_tokens_used if flow else 0,
             sequences=flow.capacity.sequences if flow else 0,
             problem=flow.problem if flow else "",
+            narrow_error=flow.narrow_error if flow else None,
         )
 
     # -- Data --------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from rich.console import Console
@@ -49,6 +50,7 @@ def status_lines(status: Mapping[str, Any]) -> list[str]:
             f"{load['kv_tokens_reserved']} of {load['kv_tokens']} cache tokens reserved"
         )
         lines.append(_prefixes(load["prefix_cache"]))
+        lines += _links(status)
         lines += time_lines(status)
     return lines
 
@@ -62,6 +64,18 @@ def _prefixes(cache: Mapping[str, Any]) -> str:
         f"prefix cache: {cache['retained_tokens']} tokens of {cache['retained_sequences']} answers kept; "
         f"{cache['cached_tokens']} of {cache['prompt_tokens']} prompt tokens were not computed again ({share:.0%})"
     )
+
+
+def _links(status: Mapping[str, Any]) -> list[str]:
+    """What is known of the network between the stages: its rate, and what prompts lose on it in eight bits."""
+    lines = []
+    for link, (sender, receiver) in zip(status["load"]["links"], pairwise(status["plan"]["stages"]), strict=False):
+        rate = [f"{format_bytes(int(link['bytes_s']))}/s"] if link["bytes_s"] else []
+        error = "" if link["narrow_error"] is None else f", {link['narrow_error']:.1%} off the last time"
+        narrow = [f"{link['narrow_tokens']} tokens of prompts in 8 bits{error}"] if link["narrow_tokens"] else []
+        if rate or narrow:
+            lines.append(f"from {sender['node']} to {receiver['node']}: {', '.join(rate + narrow)}")
+    return lines
 
 
 def _weights(weights: Mapping[str, Any]) -> str:

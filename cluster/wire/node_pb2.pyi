@@ -518,6 +518,7 @@ class Heartbeat(_message.Message):
     KV_TOKENS_USED_FIELD_NUMBER: _builtins.int
     SEQUENCES_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
+    NARROW_ERROR_FIELD_NUMBER: _builtins.int
     phase: _builtins.str
     """idle, loading, ready"""
     steps_done: _builtins.int
@@ -527,6 +528,8 @@ class Heartbeat(_message.Message):
     sequences: _builtins.int
     problem: _builtins.str
     """why this stage cannot serve any more, such as a lost link; empty when it can"""
+    narrow_error: _builtins.float
+    """relative, of the latest activations that it sent on in eight bits"""
     @_builtins.property
     def fence(self) -> Global___Fence: ...
     @_builtins.property
@@ -542,12 +545,15 @@ class Heartbeat(_message.Message):
         kv_tokens_used: _builtins.int = ...,
         sequences: _builtins.int = ...,
         problem: _builtins.str = ...,
+        narrow_error: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence", "memory", b"memory"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_narrow_error", b"_narrow_error", "fence", b"fence", "memory", b"memory", "narrow_error", b"narrow_error"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence", "kv_tokens_used", b"kv_tokens_used", "memory", b"memory", "phase", b"phase", "problem", b"problem", "sequences", b"sequences", "steps_done", b"steps_done", "steps_queued", b"steps_queued"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_narrow_error", b"_narrow_error", "fence", b"fence", "kv_tokens_used", b"kv_tokens_used", "memory", b"memory", "narrow_error", b"narrow_error", "phase", b"phase", "problem", b"problem", "sequences", b"sequences", "steps_done", b"steps_done", "steps_queued", b"steps_queued"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__narrow_error: _TypeAlias = _typing.Literal["narrow_error"]  # noqa: Y015
+    _WhichOneofArgType__narrow_error: _TypeAlias = _typing.Literal["_narrow_error", b"_narrow_error"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__narrow_error) -> _WhichOneofReturnType__narrow_error | None: ...
 
 Global___Heartbeat: _TypeAlias = Heartbeat  # noqa: Y015
 

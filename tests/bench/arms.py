@@ -63,8 +63,10 @@ def cluster_arm(
     backend: str = "torch",
     device: str = "cpu",
     memory: str = MEMORY,
+    serve: Sequence[str] = (),
 ) -> Iterator[Arm]:
-    """A cluster with a node in each place, the coordinator beside the first; ready when it is handed over."""
+    """A cluster with a node in each place, the coordinator beside the first, given the words `serve` too; ready when it
+    is handed over."""
     cluster, everywhere = new_cluster(), client_cores()
     with_us = ("--exit-with", str(os.getpid()))  # however this process ends
     with contextlib.ExitStack() as stack:
@@ -91,7 +93,7 @@ def cluster_arm(
                 model_folder(form.shape),
                 cluster,
                 state / f"{name}-coordinator",
-                *("--no-local-node", "--no-mdns", *with_us, "--min-nodes", str(len(places)), *peers, *packing),
+                *("--no-local-node", "--no-mdns", *with_us, "--min-nodes", str(len(places)), *peers, *packing, *serve),
                 context=CONTEXT,
                 users=USERS,
                 cluster_host=places[0].host,

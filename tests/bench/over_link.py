@@ -7,7 +7,6 @@ BYTES...
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import sys
@@ -19,10 +18,11 @@ from cluster.cli.bench_measures import Load
 from tests.bench.arms import Place, cluster_arm
 from tests.bench.cores import client_cores
 from tests.bench.hop_alone import hop_alone
-from tests.bench.loads import IN_TOKENS, first_s, run_load
+from tests.bench.loads import IN_TOKENS, first_s, interleaved, run_load
 from tests.bench.model import FORMS, Form
 from tests.bench.targets.first_token import PROMPT
 from tests.bench.trip import trip_alone
+from tests.integration.live import eventually
 
 _ROUND_TRIPS, _TOKEN_TRIPS = 100, 200
 
@@ -36,15 +36,17 @@ def measure(
     passes: tuple[float, float],
     widths: list[int],
 ) -> dict[str, object]:
-    """Seconds of a user's token (the mean: late frames count), of a long prompt's first token, of hops over the link by
-    the bytes that they carry (the first of `widths` is one token's), and of a token's way there and back between passes
-    of the stages."""
+    """Seconds of a user's token (the mean: late frames count), of a long prompt's first token, as computed and in eight
+    bits with the error that its activations then have, of hops over the link by the bytes that they carry (the first of
+    `widths` is one token's), and of a token's way there and back between passes of the stages."""
     with (
         tempfile.TemporaryDirectory(prefix="potluck-bench-") as state,
         cluster_arm("two nodes, linked", form, places, Path(state), backend=backend) as arm,
+        cluster_arm("in 8 bits", form, places, Path(state), backend=backend, serve=("--wire-bits", "8")) as narrow,
     ):
         results = run_load([arm], Load(1, IN_TOKENS, output, rounds=1), rounds)[arm.name]
-        answers = [asyncio.run(arm.endpoint.ask(arm.endpoint.prompt(PROMPT), 1)) for _ in range(rounds)]
+        answers = interleaved([arm, narrow], rounds, lambda asked: asked.endpoint.ask(asked.endpoint.prompt(PROMPT), 1))
+        error = eventually(lambda: narrow.status()["load"]["links"][0]["narrow_error"], "a heartbeat tells the error")
         beyond = places[1]
         hops = {
             width: hop_alone(width, host=beyond.host, there=beyond.words, round_trips=_ROUND_TRIPS) for width in widths
@@ -52,7 +54,15 @@ def measure(
         trip_s = trip_alone(widths[0], passes, host=beyond.host, there=beyond.words, trips=_TOKEN_TRIPS)
         stages = arm.stages
     token_s = fmean(1 / result.user_tokens_s for result in results if result.user_tokens_s)
-    return {"token_s": token_s, "first_s": first_s(answers), "hops_s": hops, "trip_s": trip_s, "stages": stages}
+    return {
+        "token_s": token_s,
+        "first_s": first_s(answers[arm.name]),
+        "narrow_first_s": first_s(answers[narrow.name]),
+        "narrow_error": error,
+        "hops_s": hops,
+        "trip_s": trip_s,
+        "stages": stages,
+    }
 
 
 def main(name: str, host: str, beyond: str, space: str, backend: str, *numbers: str) -> None:

@@ -38,6 +38,7 @@ _METHOD = """## Method
   counts a token's way over the same emulation, measured alone with pauses for the stages' passes, so what the emulator
   itself costs is in both. Four frames of a token may be late: what it sends
   each way, and TCP's acknowledgements. Ends use CUBIC or Reno, as most machines do, whatever this one is set to.
+  "In 8 bits" is `serve --wire-bits 8`, in turns with a cluster without it; its error is what `potluck status` tells.
 - **Weights** come to a namespace with an empty folder over cables shaped to 1 Gbit/s, in turns with plain sockets over
   the same cables. Sources, receiver, cables and hashes share this machine's cores, and all files lie in memory.
 - **llama.cpp** is built from the sources inside `llama-cpp-python`, whose own server answers one request at a time;
@@ -126,7 +127,5 @@ def quantity(value: float, unit: str) -> str:
     """With as many digits as the size of the number deserves."""
     if unit == "":
         return f"{value:.2f}"
-    if unit == "%":
-        return f"{value:.0f} %"
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
     return f"{value:.{digits}f} {unit}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import pytest
 pytest.importorskip("torch", reason="the checkpoints are made with transformers: the extra [torch]")
 pytest.importorskip("mlx_lm", reason="one of the nodes needs the extra [mlx]")
 
+from cluster.cli.status import status_lines
 from cluster.codec import Decoder, Expectation
 from cluster.frames import Frame, Outcome
 from cluster.handshake import answer_greeting
@@ -24,7 +26,7 @@ from node.engine import Logits
 from node.flow import StageFlow
 from node.stage import StageRunner
 from tests.integration.answers import Served
-from tests.integration.live import Pool
+from tests.integration.live import Pool, eventually
 from tests.oracle.reference import random_prompt
 from tests.unit.test_stage import FENCE, CountingEngine
 from tests.unit.test_working_ahead import Waiting
@@ -115,6 +117,10 @@ def test_a_stage_sends_in_eight_bits_where_the_frame_says_so() -> None:
     assert asyncio.run(_crossing(1, 2)) == (as_computed, pytest.approx(all_bytes, abs=50)), "other stages"
 
 
+def _telling_error(status: dict[str, Any]) -> dict[str, Any] | None:
+    return None if status["load"]["links"][0]["narrow_error"] is None else status
+
+
 NEAR = 0.05
 """Of the spread of the reference's logits: what eight bits may turn into another token."""
 
@@ -128,6 +134,11 @@ def test_both_engines_answer_alike_with_prompts_in_eight_bits(
         ids = coordinator.complete(prompt, max_tokens=16, temperature=0, ignore_eos=True)["token_ids"]
         [link] = coordinator.status()["load"]["links"]
         assert link["narrow"] and link["narrow_tokens"] >= 199, "the prompt, but for a chunk of one token"
+        status = eventually(lambda: _telling_error(coordinator.status()), "a heartbeat tells the error")
+        assert 0.001 < status["load"]["links"][0]["narrow_error"] < 0.02
+        sender, receiver = (stage["node"] for stage in status["plan"]["stages"])
+        [line] = (line for line in status_lines(status) if line.startswith(f"from {sender} to {receiver}: "))
+        assert " tokens of prompts in 8 bits, 0." in line and line.endswith("% off the last time")
     logits = served.whole.logits([*prompt, *ids])[len(prompt) - 1 : -1]
     behind = logits.max(axis=1) - logits[np.arange(len(ids)), ids]
     assert behind.max() <= NEAR * np.ptp(logits, axis=1).min()

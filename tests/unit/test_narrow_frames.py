@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from cluster.frames import Frame
-from cluster.narrow_frames import narrow_tokens, narrowed, widened
-from cluster.narrowing import narrow, widen
+from cluster.narrow_frames import error_of_narrowing, narrow_tokens, narrowed, widened
+from cluster.narrowing import error_of, narrow, widen
 from cluster.plan import Fence
 from cluster.steps import Row, Step
 from cluster.types import DeploymentId, DType, Epoch, HostTensor, SequenceId, StepId
@@ -60,3 +60,11 @@ def test_a_step_of_answers_alone_stays_as_it_is() -> None:
     sent = frame(1, 1, 1)
     assert narrowed(sent) is sent
     assert narrow_tokens(sent.step) == 0
+
+
+def test_only_the_error_of_what_travels_in_eight_bits_is_told() -> None:
+    assert error_of_narrowing(frame(1, 1)) is None
+    error = error_of_narrowing(frame(1, 5, 1))
+    assert error is not None
+    prompt = tuple(tokens(tensor, 1, 6) for tensor in frame(1, 5, 1).tensors)
+    assert error == max(error_of(tensor) or 0.0 for tensor in prompt)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cluster.narrowing import GROUP, NarrowTensor, narrow, narrow_bytes, widen
+from cluster.narrowing import GROUP, NarrowTensor, error_of, narrow, narrow_bytes, widen
 from cluster.types import DType, HostTensor
 from node.comparison import Floats, from_host, to_host
 
@@ -88,3 +88,24 @@ def test_it_takes_thirty_four_bytes_for_thirty_two_numbers() -> None:
 def test_a_tensor_of_another_size_is_no_narrow_tensor() -> None:
     with pytest.raises(ValueError, match="takes 68 bytes"):
         NarrowTensor(DType.BF16, (2, 32), bytes(64))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_error_told_is_that_of_what_arrives(dtype: DType) -> None:
+    values = from_host(to_host(random(32, 64), dtype))
+    difference = sent(values, dtype) - values
+    assert error_of(to_host(values, dtype)) == pytest.approx(np.sqrt((difference**2).mean() / (values**2).mean()))
+
+
+def test_the_error_of_many_tokens_is_told_from_some_all_over() -> None:
+    values = random(1000, 64)
+    values[500:, 0] = 100.0  # costs the others of its group their precision
+    whole = sent(values) - values
+    found = error_of(to_host(values, DType.F32))
+    assert found == pytest.approx(np.sqrt((whole**2).mean() / (values**2).mean()), rel=0.1)
+
+
+@pytest.mark.parametrize("number", [0.0, np.inf, np.nan])
+def test_where_nothing_can_be_compared_there_is_no_error(number: float) -> None:
+    values = np.full((2, 64), number, np.float32)
+    assert error_of(to_host(values, DType.F32)) is None

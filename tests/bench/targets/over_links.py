@@ -43,7 +43,7 @@ def _link_rows(bench: Bench, link: Link) -> list[Row]:
         ceilings.prompt_s(passes, PROMPT, chunk, here_s + crossing[width * chunk] + crossing[width])
         for passes, chunk in zip(together, CHUNKS, strict=True)
     )
-    token_s, first_s = float(found["token_s"]), float(found["first_s"])
+    token_s, first_s, narrow_s = (float(found[name]) for name in ("token_s", "first_s", "narrow_first_s"))
     return [
         Row(8, f"{link.name}: one user's time per token, to the ceiling", token_s / best_token_s, "", 1.0,
             at_most(_WITHIN)),
@@ -52,6 +52,10 @@ def _link_rows(bench: Bench, link: Link) -> list[Row]:
         Row(8, f"{link.name}: one user's time per token", 1000 * token_s, "ms", 1000 * best_token_s,
             note="mean, late frames included"),
         Row(8, f"{link.name}: first token of {PROMPT}", first_s, "s", best_first_s),
+        Row(8, f"{link.name}: first token of {PROMPT}, prompts in 8 bits on the link", narrow_s, "s"),
+        Row(8, f"{link.name}: first token of {PROMPT}, in 8 bits to as computed", narrow_s / first_s, ""),
+        Row(8, f"{link.name}: error of activations in 8 bits", 100 * float(found["narrow_error"]), "%",
+            note="rms of the difference to rms of the numbers, of the prompt's last piece"),
         Row(8, f"{link.name}: a token's way there and back by itself", 1000 * trip_s, "ms",
             1000 * floor_s(link, width, (passes[0], passes[1])), note="the ceiling is what the emulated frames take"),
     ]  # fmt: skip
