@@ -90,6 +90,32 @@ def test_sequences_join_and_leave_recorded_steps(family: str, checkpoint: Checkp
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_rows_beside_a_prompt_attend_at_once(family: str, checkpoint: Checkpoints, whole_model: WholeModels) -> None:
+    """Three of them, and behind them two chunks of prompts, row by row."""
+    met: list[int] = []
+
+    def noting(query: torch.Tensor, *args: object) -> torch.Tensor:
+        met.append(query.shape[1])
+        return attend(query, *args)  # type: ignore[arg-type]
+
+    engines = pipeline(checkpoint(family), (3,), attend=noting)
+    prompts = [random_prompt(length, seed=length) for length in (20, 31, 7, 9, 30)]
+    for seq in (0, 1, 2):
+        run_prefill(engines, prompts[seq], seq=seq)
+    met.clear()
+    rows = [row(seq, len(prompts[seq]), [8]) for seq in (0, 1, 2)]
+    found = run_step(engines, [*rows, row(3, 0, prompts[3]), row(4, 0, prompts[4][:25], draw=False)])
+    assert met == [3] * 6
+    (last,) = run_step(engines, [row(0, 21, [9], draw=False), row(4, 25, prompts[4][25:])])
+    whole = whole_model(family)
+    for logits, tokens in zip(found, [*([*prompts[seq], 8] for seq in (0, 1, 2)), prompts[3]], strict=True):
+        np.testing.assert_allclose(logits, whole.logits(tokens)[-1], rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(last, whole.logits(prompts[4])[-1], rtol=0, atol=TOLERANCE)
+    (after,) = run_step(engines, [row(0, 22, [7])])
+    np.testing.assert_allclose(after, whole.logits([*prompts[0], 8, 9, 7])[-1], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_forks_and_trims_between_replays(family: str, checkpoint: Checkpoints, whole_model: WholeModels) -> None:
     a, b = SequenceId(1), SequenceId(2)
     prompt, tail, other = random_prompt(30, seed=5), random_prompt(6, seed=6), random_prompt(20, seed=7)

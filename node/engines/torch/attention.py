@@ -50,15 +50,17 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one step attends to: each span to its own past, or all of `decode` at once. `attended` lists the layers that
-    came here, for the rehearsal after a load."""
+    """What one step attends to: first all rows of `decode` at once, then each span to its own past. `attended` lists
+    the layers that came here, for the rehearsal after a load."""
 
     spans: tuple[Span, ...]
     attended: list[int] = field(default_factory=list)
     decode: DecodeRows | None = None
 
     def parts(self, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Each sequence's own of [heads, tokens, size]; in one call, because there are many."""
+        """Each span's own of [heads, tokens, size]; in one call, because there are many."""
+        if self.decode is not None:
+            tensor = tensor[:, self.decode.count :]
         return (tensor,) if len(self.spans) == 1 else tensor.split([span.end - span.begin for span in self.spans], 1)
 
 
@@ -97,10 +99,9 @@ def attend(
     layer, manner = int(module.layer_idx), _manner(module)
     batch.attended.append(layer)
     scoring = Scoring(sliding_window, scaling, softcap, s_aux)
-    if batch.decode is not None:
-        if manner != _PLAIN:
-            raise ModelError(f"{type(module).__name__} attends in a way that no kernel for many rows knows")
-        return batch.decode.attended(layer, query[0], key[0], value[0], scoring)[None], None
+    at_once = [_attend_at_once(batch.decode, module, (query[0], key[0], value[0]), scoring)] if batch.decode else []
+    if not batch.spans:
+        return at_once[0][None], None
     if manner.is_latent:
         query, key = latent.into_latents(module, query, key, value)
         value = key[..., :0]  # nothing to cache beside the latents
@@ -108,7 +109,18 @@ def attend(
     parts = zip(batch.spans, *map(batch.parts, (query[0], key[0], value[0])), strict=True)
     rows = [_attend_span(module, manner, span, new, scoring) for span, *new in parts]
     output = (rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)).transpose(0, 1)
+    output = torch.cat((*at_once, output)) if at_once else output
     return (latent.out_of_latents(module, output) if manner.is_latent else output)[None], None
+
+
+def _attend_at_once(
+    decode: DecodeRows, module: torch.nn.Module, new: Sequence[torch.Tensor], scoring: Scoring
+) -> torch.Tensor:
+    """The rows of one token, which are the first of queries, keys and values; [rows, heads, size]."""
+    if _manner(module) != _PLAIN:
+        raise ModelError(f"{type(module).__name__} attends in a way that no kernel for many rows knows")
+    query, key, value = (tensor[:, : decode.count] for tensor in new)
+    return decode.attended(int(module.layer_idx), query, key, value, scoring)
 
 
 def _manner(module: torch.nn.Module) -> _Manner:

@@ -58,6 +58,12 @@ def means_of(device: torch.device) -> Means | None:
     return Means(attend, GraphRecorder(device, RECORDED_BYTES_MAX))
 
 
+def decoding_rows(rows: Sequence[Row]) -> int:
+    """How many at the head of a step are of this kind. A sequence's first token has nowhere to go yet."""
+    others = (index for index, row in enumerate(rows) if row.start == 0 or len(row.tokens) != 1)
+    return min(next(others, len(rows)), STEP_ROWS_MAX)
+
+
 class DecodeSteps:
     """Such steps of one slice."""
 
@@ -80,14 +86,18 @@ class DecodeSteps:
         self._uploaded: list[Places] = [self._nobody] * STEP_ROWS_MAX  # what `_places` holds of each row
         self._computes: dict[int, Compute] = {}
 
-    def takes(self, rows: Sequence[Row]) -> bool:
-        """Whether the step is of this kind. A sequence's first token has nowhere to go yet."""
-        return 0 < len(rows) <= STEP_ROWS_MAX and all(row.start > 0 and len(row.tokens) == 1 for row in rows)
+    def beside(self, rows: Sequence[Row], places: Sequence[Places]) -> DecodeRows:
+        """Such rows at the head of a step that has others too, which is computed from Python."""
+        self._numbers[: len(rows)].copy_(torch.tensor([row.start for row in rows]))
+        self._place(places)
+        return DecodeRows(
+            self._attend, self._places[: len(rows)], self._numbers[: len(rows)], self._spec.context_tokens
+        )
 
     def compute(self, rows: Sequence[Row], inputs: Boundary | None, places: Sequence[Places]) -> Boundary | Logits:
         """`Engine.step` of rows that have been checked. `places` has room for each row's token."""
         count = 1 << (len(rows) - 1).bit_length()
-        with self._on_device():
+        with self.on_device():
             compute = self._computes.get(count) or self._prepare(count)
             self._upload(rows, inputs, places, count)
             outputs = compute()
@@ -97,7 +107,7 @@ class DecodeSteps:
         """Compute for nobody, with each number of rows that may be recorded: kernels are compiled for each, which takes
         seconds where it was never done, and at a load nobody waits for a token."""
         self._place([self._nobody] * RECORDED_ROWS_MAX)
-        with self._on_device():
+        with self.on_device():
             for power in range(RECORDED_ROWS_MAX.bit_length()):
                 self._compute(1 << power)
 
@@ -105,7 +115,8 @@ class DecodeSteps:
         """Free what was recorded."""
         self._computes.clear()
 
-    def _on_device(self) -> AbstractContextManager[object]:
+    def on_device(self) -> AbstractContextManager[object]:
+        """What kernels have to be started in."""
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
     def _prepare(self, count: int) -> Compute:

@@ -21,9 +21,10 @@ from cluster.steps import Boundary, Row
 from cluster.types import Backend, SequenceId
 from node.engine import Capacity, Logits, Progress, StageSpec
 from node.engines.torch.attention import Batch, Span
-from node.engines.torch.captured import DecodeSteps, Means, means_of
+from node.engines.torch.captured import DecodeSteps, Means, decoding_rows, means_of
 from node.engines.torch.kernels import MAPPED_FROM_BYTES, keep_few_kernels
 from node.engines.torch.kv import KvCache
+from node.engines.torch.ragged import DecodeRows
 from node.engines.torch.shortcuts import take_shortcuts
 from node.engines.torch.slicing import Passing, SlicedModel, build_slice
 from node.engines.torch.tensors import TORCH_DTYPES, check_inputs, device_from, from_host, to_host
@@ -89,10 +90,8 @@ class TorchEngine:
         tokens = sum(len(row.tokens) for row in rows)
         check_inputs(inputs, () if stage.sliced.is_first else stage.spec.boundary, tokens)
         spans = _spans(stage, rows)
-        if stage.decoding is not None and stage.decoding.takes(rows):
-            result = stage.decoding.compute(rows, inputs, [span.cache.places(span.start + 1) for span in spans])
-        else:
-            result = _compute(stage, rows, inputs, Batch(spans))
+        compute = _compute if stage.decoding is None else _compute_at_once
+        result = compute(stage, rows, inputs, spans)
         for row, span in zip(rows, spans, strict=True):
             stage.cache.commit(row.seq, span.cache, row.end, span.states)
         return result
@@ -181,9 +180,30 @@ def _spans(stage: _Loaded, rows: Sequence[Row]) -> tuple[Span, ...]:
     return tuple(spans)
 
 
-def _compute(stage: _Loaded, rows: Sequence[Row], inputs: Boundary | None, batch: Batch) -> Boundary | Logits:
+def _compute_at_once(
+    stage: _Loaded, rows: Sequence[Row], inputs: Boundary | None, spans: Sequence[Span]
+) -> Boundary | Logits:
+    """Rows of one token together, and what follows them one by one."""
+    decoding, count = stage.decoding, decoding_rows(rows)
+    assert decoding is not None
+    places = [span.cache.places(span.start + 1) for span in spans[:count]]
+    if 0 < count == len(rows):
+        return decoding.compute(rows, inputs, places)
+    with decoding.on_device():
+        return _compute(stage, rows, inputs, spans, decoding.beside(rows[:count], places) if count else None)
+
+
+def _compute(
+    stage: _Loaded,
+    rows: Sequence[Row],
+    inputs: Boundary | None,
+    spans: Sequence[Span],
+    decode: DecodeRows | None = None,
+) -> Boundary | Logits:
+    """`decode`: the first of the rows, where these are computed at once."""
     sliced, spec, device = stage.sliced, stage.spec, stage.device
-    keep = [span.end - 1 for row, span in zip(rows, batch.spans, strict=True) if row.draw is not None]
+    batch = Batch(tuple(spans[decode.count if decode else 0 :]), decode=decode)
+    keep = [span.end - 1 for row, span in zip(rows, spans, strict=True) if row.draw is not None]
     if rows:
         positions = torch.tensor([p for row in rows for p in range(row.start, row.end)], device=device)
         if inputs is None:
@@ -229,7 +249,7 @@ def _decoding(stage: _Loaded, means: Means) -> DecodeSteps | None:
     """Steps of one token a row by `means`, if these compute the same."""
     steps = DecodeSteps(stage.sliced, stage.spec, stage.device, means)
 
-    def eagerly(rows: Sequence[Row], inputs: Boundary | None, batch: Batch) -> Boundary | Logits:
-        return _compute(stage, rows, inputs, batch)
+    def eagerly(row: Row, inputs: Boundary | None, span: Span) -> Boundary | Logits:
+        return _compute(stage, [row], inputs, [span])
 
     return steps if is_right(steps, eagerly, stage.cache.new, stage.spec) else None

@@ -50,12 +50,16 @@ class Attend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DecodeRows:
-    """A step in which each row is one token. Tensors are read when the step is computed, or computed again."""
+    """The first rows of a step, where each is one token. Tensors are read when it is computed, or computed again."""
 
     attend: Attend
     places: torch.Tensor  # int64 [rows, layers, PLACE_FIELDS]
     positions: torch.Tensor  # int64 [rows]
     context_tokens: int
+
+    @property
+    def count(self) -> int:
+        return len(self.positions)
 
     def attended(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring

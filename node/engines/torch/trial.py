@@ -7,7 +7,7 @@ is found here, and costs speed, never an answer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
@@ -17,15 +17,15 @@ import torch
 from cluster.steps import Boundary, Draw, Row, Sampling
 from cluster.types import SequenceId
 from node.engine import Logits, StageSpec
-from node.engines.torch.attention import Batch, Span
+from node.engines.torch.attention import Span
 from node.engines.torch.captured import DecodeSteps
 from node.engines.torch.kv import SequenceCache
 from node.engines.torch.tensors import from_host, to_host
 
 _log = logging.getLogger(__name__)
 
-Eagerly = Callable[[Sequence[Row], Boundary | None, Batch], Boundary | Logits]
-"""A step computed row by row."""
+Eagerly = Callable[[Row, Boundary | None, Span], Boundary | Logits]
+"""A step of one row, computed as it is without all this."""
 
 _DIFFERENCE_MAX: Final = 0.1
 """Of what both compute, in terms of its size. Rounding in 16 bits is below; a wrong position or address is not."""
@@ -55,13 +55,13 @@ def _difference(steps: DecodeSteps, eagerly: Eagerly, new: Callable[[], Sequence
     prompt = _row(0, _PROMPT_TOKENS)
     inputs = _inputs(spec, prompt)
     for sequence in (alone, at_once):
-        eagerly([prompt], inputs, Batch((Span(0, _PROMPT_TOKENS, 0, sequence),)))
+        eagerly(prompt, inputs, Span(0, _PROMPT_TOKENS, 0, sequence))
         sequence.commit(_PROMPT_TOKENS, {})
     largest = 0.0
     for start in range(_PROMPT_TOKENS, _PROMPT_TOKENS + _DRAWN_TOKENS):
         row = _row(start, 1)
         inputs = _inputs(spec, row)
-        expected = _numbers(eagerly([row], inputs, Batch((Span(0, 1, start, alone),))))
+        expected = _numbers(eagerly(row, inputs, Span(0, 1, start, alone)))
         found = _numbers(steps.compute([row], inputs, [at_once.places(row.end)]))
         for sequence in (alone, at_once):
             sequence.commit(row.end, {})
