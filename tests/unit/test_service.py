@@ -156,6 +156,7 @@ def test_a_requests_own_limit_is_a_408_that_names_its_field(field: str, code: st
     response = asyncio.run(scenario())
     error = response.json()["error"]
     assert (response.status_code, error["code"], error["param"]) == (408, code, field)
+    assert response.headers["x-should-retry"] == "false", "official clients would have all of it computed again"
     assert field in error["message"] and "0.2 s" in error["message"]
 
 
