@@ -147,6 +147,12 @@ SIGHTING_ADDRESSES_MAX: Final = 16
 UNREAD_TIMEOUT_S: Final = 300.0
 """A stream of which a client reads nothing for so long is closed; somebody may look at what a paused terminal shows."""
 
+SILENCE_MAX_S: Final = 10.0
+"""A stream in which nothing happens carries a comment after so long, for clients and proxies that would give it up."""
+
+GRACE_S: Final = 60.0
+"""Answers wait so long for a plan when the one that served them broke: a machine that slept is back sooner."""
+
 QUEUE_TIMEOUT_S: Final = 300.0
 """An interactive request's wait for room. Official clients give up after 600 s: half of it is left for the answer."""
 

@@ -9,7 +9,7 @@ ones among these start again later. The most senior sequence of all can always g
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from cluster.errors import RequestError
@@ -71,6 +71,19 @@ class Admission:
                     code="context_length_exceeded",
                 )
         return self._queue.make_room(asks, now)
+
+    def why_not(self, state: SequenceState) -> str | None:
+        """Why a sequence of another plan cannot go on in this one, which may be smaller; None when it can. One whose
+        length nobody named ends where the context does."""
+        ask, room_tokens = state.ask, min(self._room.context_tokens, self._room.kv_tokens)
+        if ask.open_ended and ask.worst_case_tokens > room_tokens > len(state.tokens):
+            state.ask = ask = replace(ask, max_tokens=room_tokens - len(ask.prompt))
+        if ask.worst_case_tokens <= room_tokens:
+            return None
+        return (
+            f"it may take {ask.worst_case_tokens} tokens, and the machines that are left hold a context of "
+            f"{room_tokens}"
+        )
 
     def submit(self, state: SequenceState) -> None:
         self._queue.push(state)

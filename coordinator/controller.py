@@ -7,6 +7,7 @@ this file only carries them out.
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import time
 from collections.abc import Sequence
@@ -69,6 +70,15 @@ class Controller:
         self._ready_s: float | None = None  # when the plan in force brought its first token
 
     async def run(self) -> None:
+        minding = asyncio.create_task(self._service.mind_waiting())
+        try:
+            await self._serve_plans()
+        finally:
+            minding.cancel()
+            await asyncio.gather(minding, return_exceptions=True)
+
+    async def _serve_plans(self) -> None:
+        """One after the other, for ever."""
         broken = Broken(served=False)
         while True:
             plan = await self._gather()
@@ -125,7 +135,8 @@ class Controller:
             nodes,
             self._ask(nodes),
             min_nodes=self._wish.min_nodes,
-            quiet_s=self._roster.quiet_s,
+            # Who waits for an answer is better served at once than by machines that may come in a moment.
+            quiet_s=math.inf if self._service.waits_for_plan else self._roster.quiet_s,
         )
 
     def _ask(self, nodes: Sequence[NodeFacts]) -> Ask:
@@ -166,12 +177,12 @@ class Controller:
             for task in done:
                 task.result()
         except PotluckError as error:
-            serving.end(str(error))
+            await _end(tasks)
+            self._service.park(serving, str(error))
             raise
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await _end(tasks)
+            serving.end("the coordinator is stopping")
 
     async def _prove(self) -> None:
         """The first real token makes the plan ready; from then on there is nothing more to prove."""
@@ -194,3 +205,9 @@ class Controller:
                 if beat is not None and beat.problem and beat.fence == fence:
                     raise NodeLost(f"{member.facts.name}: {beat.problem}")
             await self._roster.changed.wait()
+
+
+async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -98,7 +98,7 @@ def prompt_tokens(asks: Iterable[SequenceAsk]) -> int:
 
 def _newest_request(states: Sequence[SequenceState]) -> list[SequenceState]:
     """Its choices; nothing where one of them has had room already. They come into the caches in their order."""
-    number = states[-1].request
-    choices = [state for state in states if state.request == number]
-    begun = choices[0].number != number or any(state.times.admitted_s is not None for state in choices)
+    request = states[-1].request
+    choices = [state for state in states if state.request == request]
+    begun = choices[0].ask.seq != request or any(state.times.admitted_s is not None for state in choices)
     return [] if begun else choices

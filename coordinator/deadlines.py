@@ -38,6 +38,13 @@ class Times:
     admitted_s: float | None = None  # when it left the queue for the first time
     token_s: float | None = None  # its latest token
 
+    def go_on(self, now: float) -> None:
+        """It was kept waiting by machines that went away, and what a stage may take begins anew."""
+        if self.admitted_s is not None:
+            self.admitted_s = now
+        if self.token_s is not None:
+            self.token_s = now
+
 
 @dataclass(frozen=True, slots=True)
 class Deadlines:

@@ -33,6 +33,7 @@ class SequenceEnded:
 class SequenceFailed:
     seq: SequenceId
     reason: str
+    unserved: bool = False  # there was no plan to go on with
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,9 +71,8 @@ class Scheduler:
         for displaced in self._admission.make_room(asks, now):
             del self._live[displaced.seq]
             events.append(displaced)
-        request = self._arrived
         for ask in asks:
-            state = self._live[ask.seq] = SequenceState(ask, self._arrived, request, Times(now))
+            state = self._live[ask.seq] = SequenceState(ask, self._arrived, asks[0].seq, Times(now))
             self._arrived += 1
             self._admission.submit(state)
         return events
@@ -102,13 +101,35 @@ class Scheduler:
 
     def fail_all(self, reason: str) -> list[Event]:
         """The pipeline is gone: everything ends here."""
-        lost = list(self._live)
+        return [SequenceFailed(state.ask.seq, reason) for state in self.strand()]
+
+    def strand(self) -> list[SequenceState]:
+        """The pipeline is gone. Everything that was live leaves, in the order of its arrival, with its tokens."""
+        stranded = list(self._live.values())
+        for state in stranded:
+            state.strand()
         self._live.clear()
         self._admission.clear()
         self._prefixes.clear()
         self._in_flight.clear()
         self._verbs.clear()
-        return [SequenceFailed(seq, reason) for seq in lost]
+        return stranded
+
+    def adopt(self, stranded: Sequence[SequenceState], now: float) -> list[Event]:
+        """Go on with sequences whose plan is gone, in their order and before whatever comes. They draw the tokens that
+        they would have drawn there. Those that are too long for this plan end here."""
+        events: list[Event] = []
+        for state in stranded:
+            reason = self._admission.why_not(state)
+            if reason is not None:
+                events.append(SequenceFailed(state.ask.seq, reason))
+                continue
+            state.times.go_on(now)
+            state.number = self._arrived
+            self._live[state.ask.seq] = state
+            self._arrived += 1
+            self._admission.submit(state)
+        return events
 
     # -- What to do next ---------------------------------------------------------------------------------
 

@@ -48,7 +48,7 @@ class SequenceState:
 
     ask: SequenceAsk
     number: int  # in the order of arrival
-    request: int  # the number of its request's first choice
+    request: SequenceId  # its request's first choice
     times: Times
     tokens: list[int] = field(init=False)
     promised: int = 0  # cache positions reserved for it; 0 while it waits
@@ -62,6 +62,7 @@ class SequenceState:
     alone: bool = False  # computed in steps of its own, since a step that it shared has failed
     rewind_to: int | None = None  # a failed step's start: cut back to it before going on
     trimming_to: int | None = None  # the cut is on its way
+    breaks: int = 0  # plans in a row that broke before it had another token
 
     def __post_init__(self) -> None:
         self.tokens = list(self.ask.prompt)
@@ -118,6 +119,15 @@ class SequenceState:
         if self.times.admitted_s is None:
             self.times.admitted_s = now
 
+    def strand(self) -> None:
+        """Its plan is gone, and all that stages had of it. It keeps its tokens."""
+        self.breaks += 1
+        self.promised = self.sent = self.in_flight = self.pause_at = 0
+        self.fresh = self.alone = False
+        self.rewind_to = self.trimming_to = None
+        if self.generated == 0:
+            self.cached = None  # nobody was told
+
     def start(self, length: int) -> None:
         """It computes its tokens from here on: the stages have been asked for so many of the first ones. What it
         computed itself before it had to give its room back does not count as cached."""
@@ -158,6 +168,7 @@ class SequenceState:
         """Append a drawn token; tells whether the sequence ends with it."""
         self.tokens.append(token)
         self.times.token_s = now
+        self.breaks = 0
         ask = self.ask
         if token in ask.eos_ids and not ask.ignore_eos and self.generated > ask.min_tokens:
             return EndReason.STOP

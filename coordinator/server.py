@@ -17,6 +17,7 @@ from cluster.discovery import Browser, NodeSighting
 from cluster.errors import ClusterError, NoMulticast
 from cluster.identity import host_id
 from cluster.interfaces import Interface, best_addresses, choose_interfaces, host_port, read_interfaces
+from cluster.limits import GRACE_S
 from cluster.placement import Ask
 from cluster.quantities import format_bytes
 from cluster.state_dir import StateDir, default_state_path
@@ -60,6 +61,7 @@ class ServeOptions:
     peers: tuple[str, ...]
     mdns: bool
     state: StateDir
+    grace_s: float = GRACE_S  # for which answers wait when their plan broke
     prefix_cache: bool = True
     wire_bits: WireBits = WireBits.AS_COMPUTED
 
@@ -71,7 +73,7 @@ class Coordinator:
         self._options = options
         self._tell = tell
         self._credentials = Credentials()
-        self._service = InferenceService(self._status, options.deadlines)
+        self._service = InferenceService(self._status, options.deadlines, grace_s=options.grace_s)
         self._weights = WeightServer()
         self._id = CoordinatorId(secrets.token_hex(16))
         self._roster = Roster(

@@ -7,7 +7,6 @@ Knows sequences, not requests.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections.abc import Callable, Sequence
 
@@ -24,13 +23,12 @@ from coordinator.events import (
     TokenDrawn,
 )
 from coordinator.narrowing import LinkRate
+from coordinator.parking import Listener, Stranded
 from coordinator.pipeline import Pipeline, TimedOutcome
 from coordinator.prefix_cache import PrefixCache, PrefixStatus
 from coordinator.scheduler import Scheduler
 from coordinator.sequence import SequenceAsk
 from coordinator.telemetry import Telemetry
-
-Listener = Callable[[Event], None]
 
 _DEADLINE_TICK_S = 0.1
 """How late a deadline may be noticed. They are seconds; looking costs microseconds."""
@@ -47,26 +45,25 @@ class Serving:
         self._scheduler = Scheduler(room, prefixes=PrefixCache(room, enabled=prefix_cache))
         self._pipeline = pipeline
         self._listeners: dict[SequenceId, Listener] = {}
-        self._ids = itertools.count(1)
         self._over = ""
         self._now = now
 
+    @property
+    def context_tokens(self) -> int:
+        return self.room.context_tokens
+
     async def run(self) -> None:
-        """Serve until the pipeline breaks; then every sequence has failed and the reason is raised."""
+        """Serve until the pipeline breaks, which raises. Then `strand` or `end` what is left."""
         work = (self._pipeline.run(self._on_outcome), self._watch_deadlines())
         tasks = [asyncio.create_task(item) for item in work]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
-        except PotluckError as error:
-            self.end(str(error))
-            raise
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            self.end("the coordinator is stopping")
             await self._pipeline.close()
 
     def end(self, reason: str) -> None:
@@ -75,8 +72,18 @@ class Serving:
             self._over = reason
             self._deliver(self._scheduler.fail_all(reason))
 
-    def new_sequence(self) -> SequenceId:
-        return SequenceId(next(self._ids))
+    def strand(self, reason: str) -> list[Stranded]:
+        """Nothing is served any more, for `reason`; every sequence leaves with its listener, in the order in which they
+        came."""
+        self._over = self._over or reason
+        return [Stranded(state, self._listeners.pop(state.ask.seq)) for state in self._scheduler.strand()]
+
+    def adopt(self, stranded: Sequence[Stranded]) -> None:
+        """Go on with what another plan left behind."""
+        self._listeners |= {one.state.ask.seq: one.listener for one in stranded}
+        events = self._scheduler.adopt([one.state for one in stranded], self._now())
+        self._pump()
+        self._deliver(events)
 
     def submit(self, asks: Sequence[SequenceAsk], listener: Listener) -> None:
         """Take the choices of one request: all of them, or an error and none."""

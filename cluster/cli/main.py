@@ -6,12 +6,11 @@ from typing import Annotated
 
 import typer
 
-from cluster import __version__
+from cluster import __version__, limits
 from cluster.cli import options as opt
 from cluster.cli.bench_options import bench
 from cluster.cli.models import app as models_app
 from cluster.cli.verify_options import verify
-from cluster.limits import BETWEEN_TOKENS_TIMEOUT_S, FIRST_TOKEN_TIMEOUT_S, QUEUE_TIMEOUT_S, REQUEST_TIMEOUT_S
 
 app = typer.Typer(
     name="potluck",
@@ -56,10 +55,11 @@ def serve(
     context: opt.Context = "auto",
     users: opt.Users = 4,
     bits: opt.Bits = None,
-    queue_timeout: opt.QueueTimeout = QUEUE_TIMEOUT_S,
-    first_token_timeout: opt.FirstTokenTimeout = FIRST_TOKEN_TIMEOUT_S,
-    token_timeout: opt.TokenTimeout = BETWEEN_TOKENS_TIMEOUT_S,
-    request_timeout: opt.RequestTimeout = REQUEST_TIMEOUT_S,
+    queue_timeout: opt.QueueTimeout = limits.QUEUE_TIMEOUT_S,
+    first_token_timeout: opt.FirstTokenTimeout = limits.FIRST_TOKEN_TIMEOUT_S,
+    token_timeout: opt.TokenTimeout = limits.BETWEEN_TOKENS_TIMEOUT_S,
+    request_timeout: opt.RequestTimeout = limits.REQUEST_TIMEOUT_S,
+    grace: opt.Grace = limits.GRACE_S,
     no_prefix_cache: Annotated[
         bool, typer.Option("--no-prefix-cache", help="Compute every prompt anew, also where another began alike.")
     ] = False,
@@ -110,6 +110,7 @@ def serve(
             first_token_timeout_s=first_token_timeout,
             token_timeout_s=token_timeout,
             request_timeout_s=request_timeout,
+            grace_s=grace,
             prefix_cache=not no_prefix_cache,
             wire_bits=wire_bits,
             exclude=tuple(exclude or ()),

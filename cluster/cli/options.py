@@ -66,6 +66,15 @@ RequestTimeout = Annotated[
         help="Longest time for a whole request; clients shorten it with `timeout`. For batch: a day.",
     ),
 ]
+Grace = Annotated[
+    float,
+    typer.Option(
+        "--grace",
+        metavar="SECONDS",
+        min=0,
+        help="When a machine is lost and the others cannot go on: how long answers wait for it to come back.",
+    ),
+]
 Bits = Annotated[
     int | None,
     typer.Option(

@@ -48,6 +48,7 @@ class ServeCommand:
     first_token_timeout_s: float
     token_timeout_s: float
     request_timeout_s: float
+    grace_s: float
     prefix_cache: bool
     wire_bits: str | None
     exclude: tuple[str, ...]
@@ -90,6 +91,7 @@ def serve_command(command: ServeCommand) -> int:
                 between_tokens_s=command.token_timeout_s,
                 total_s=command.request_timeout_s,
             ),
+            grace_s=command.grace_s,
             exclude=command.exclude,
             peers=command.peers,
             mdns=command.mdns,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
@@ -11,6 +12,7 @@ from typing import Protocol
 from starlette.responses import Response
 from starlette.types import Receive
 
+from cluster.limits import SILENCE_MAX_S
 from coordinator.api.answer import Delta, Job, generate
 from coordinator.api.chunks import ChunkShape, ChunkWriter
 from coordinator.api.errors import problem_of
@@ -77,16 +79,30 @@ class Shape(ChunkShape, Protocol):
 
 
 async def respond(generator: Generator, job: Job, shape: Shape, receive: Receive) -> Response:
-    """Generate and answer. Errors before the first token are raised; they still get a status of their own."""
+    """Generate and answer. Errors before the first token are raised; they still get a status of their own. A stream
+    whose first token takes long begins without it, so that nobody takes it for dead."""
     deltas = generate(generator, job)
     if not job.options.stream:
         return await until_gone(receive, _whole(deltas, job, shape))
-    first = await until_gone(receive, _first(deltas))
-    return EventStream(_events(first, deltas, job, shape))
+    first = asyncio.create_task(_first(deltas))
+    await until_gone(receive, _a_while(first))
+    if first.done():
+        first.result()
+    events = _events(first, deltas, job, shape)
+    return EventStream(events, silence_max_s=SILENCE_MAX_S, why=lambda: generator.reason)
 
 
 async def _first(deltas: AsyncGenerator[Delta, None]) -> Delta:
     return await anext(deltas)
+
+
+async def _a_while(first: asyncio.Task[Delta]) -> None:
+    try:
+        await asyncio.wait({first}, timeout=SILENCE_MAX_S)
+    except asyncio.CancelledError:
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        raise
 
 
 async def _whole(deltas: AsyncGenerator[Delta, None], job: Job, shape: Shape) -> Response:
@@ -101,7 +117,7 @@ async def _whole(deltas: AsyncGenerator[Delta, None], job: Job, shape: Shape) ->
 
 
 async def _events(
-    first: Delta, deltas: AsyncGenerator[Delta, None], job: Job, shape: Shape
+    first: asyncio.Task[Delta], deltas: AsyncGenerator[Delta, None], job: Job, shape: Shape
 ) -> AsyncGenerator[bytes, None]:
     """The stream's events. An error in the middle is an event of its own, without [DONE] after it: the official client
     raises it, and nobody can take the answer for a whole one."""
@@ -113,8 +129,9 @@ async def _events(
         async with aclosing(deltas):
             for chunk in shape.opening(job):
                 yield sse({**chunk, **pending})
-            yield chunks.write(first)
-            count.add(first)
+            delta = await first
+            count.add(delta)
+            yield chunks.write(delta)
             async for delta in deltas:
                 count.add(delta)
                 yield chunks.write(delta)

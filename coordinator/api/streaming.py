@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from typing import Any, Final, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from cluster.limits import UNREAD_TIMEOUT_S
+from cluster.limits import SILENCE_MAX_S, UNREAD_TIMEOUT_S
 from coordinator.api.errors import ClientGone
 
 _T = TypeVar("_T")
@@ -32,6 +32,11 @@ def sse(value: Object) -> bytes:
 def json_text(text: str) -> bytes:
     """The text as it stands in an event."""
     return _write_json(text).encode()
+
+
+def comment(text: str) -> bytes:
+    """What clients skip, and people see who look at the stream."""
+    return b": " + " ".join(text.split()).encode() + b"\n\n"
 
 
 async def until_gone(
@@ -59,16 +64,25 @@ async def _gone(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Sends events as they come. The generator is closed in every case, which cancels what nobody reads."""
+    """Sends events as they come, and in long silences comments that say why. The generator is closed in every case,
+    which cancels what nobody reads."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], patience_s: float = UNREAD_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        patience_s: float = UNREAD_TIMEOUT_S,
+        silence_max_s: float = SILENCE_MAX_S,
+        why: Callable[[], str] = lambda: "",
+    ) -> None:
         # Proxies that buffer or re-encode would hold tokens back.
         super().__init__(headers={"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
         self._patience_s = patience_s
+        self._silence_max_s = silence_max_s
+        self._why = why
         self._sent = 0
         self._is_sending = False
 
@@ -82,12 +96,25 @@ class EventStream(Response):
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for event in self._events:
-            self._is_sending = True
-            await send({"type": "http.response.body", "body": event, "more_body": True})
-            self._is_sending = False
-            self._sent += 1
+        commenting = asyncio.create_task(self._comment(send))
+        try:
+            async for event in self._events:
+                self._is_sending = True
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+                self._is_sending = False
+                self._sent += 1
+        finally:
+            commenting.cancel()
+            await asyncio.gather(commenting, return_exceptions=True)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _comment(self, send: Send) -> None:
+        """Where no event was sent between two looks."""
+        while True:
+            sent = self._sent
+            await asyncio.sleep(self._silence_max_s)
+            if self._sent == sent and not self._is_sending:
+                await send({"type": "http.response.body", "body": comment(self._why() or "working"), "more_body": True})
 
     async def _until_stuck(self) -> None:
         """Returns when the client has read nothing for some time: the same event has waited to be sent at two looks."""

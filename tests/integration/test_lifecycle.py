@@ -21,6 +21,7 @@ from cluster.cli.serve import potluck_command
 from cluster.discovery import Browser, NodeSighting
 from cluster.interfaces import choose_interfaces, read_interfaces
 from tests.integration.answers import Served
+from tests.integration.fragile import Fragile
 from tests.integration.live import (
     NODES,
     START_S,
@@ -176,44 +177,12 @@ async def _until(condition: object, timeout_s: float) -> None:
 # -- Nodes that vanish -----------------------------------------------------------------------------------
 
 
-class Fragile:
-    """Two nodes and their coordinator; nodes that died are started again on demand, on their own state."""
-
-    def __init__(self, folder: Path, mdns: bool, stack: contextlib.ExitStack) -> None:
-        self.cluster = new_cluster()
-        self.nodes: dict[str, Process] = {}
-        self.coordinator: Coordinator
-        self._folder, self._mdns, self._stack = folder, mdns, stack
-
-    def start(self, name: str) -> None:
-        options = [] if self._mdns else ["--no-mdns", "--coordinator", f"127.0.0.1:{self.coordinator.port}"]
-        backend = "mlx" if name == "mlx" and has_backend("mlx") else "torch"
-        node = joined(name, backend, self.cluster, self._folder / name, *options)
-        self.nodes[name] = self._stack.enter_context(node)
-
-    def whole(self) -> Coordinator:
-        """The coordinator, once both nodes are there and it serves."""
-
-        def serves() -> bool:
-            for name, node in list(self.nodes.items()):
-                if node.exit_code is not None:
-                    self.start(name)
-            return self.coordinator.get("/ready").status_code == 200
-
-        eventually(serves, "it serves", START_S)
-        return self.coordinator
-
-    def node_of(self, stage: int) -> Process:
-        return self.nodes[self.coordinator.status()["plan"]["stages"][stage]["node"]]
-
-
 @pytest.fixture(scope="module")
 def fragile(served: Served, mdns: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fragile]:
     folder = tmp_path_factory.mktemp("fragile")
     with contextlib.ExitStack() as stack:
         made = Fragile(folder, mdns, stack)
-        options = ["--no-local-node", "--min-nodes", "2", *([] if mdns else ["--no-mdns"])]
-        made.coordinator = stack.enter_context(serving(served.folder, made.cluster, folder / "c", *options))
+        made.serve(served.folder, "--min-nodes", "2", "--grace", "1")
         for name in ("torch", "mlx"):
             made.start(name)
         yield made

@@ -69,7 +69,7 @@ class Stages:
         jitter: float = 0.0,
         hops: Hops | None = None,
     ) -> None:
-        self._room = room
+        self.room = room
         self._costs = costs
         self._rng = rng
         self._failing = failing
@@ -97,8 +97,8 @@ class Stages:
                 failure = StepFailed(step.id, index, wrong, blamed)
             if failure is None:
                 cache.update({row.seq: row.end for row in step.rows})
-                assert sum(cache.values()) <= self._room.kv_tokens, "more is cached than was promised"
-                assert len(cache) <= self._room.sequences, "more sequences are cached than were promised"
+                assert sum(cache.values()) <= self.room.kv_tokens, "more is cached than was promised"
+                assert len(cache) <= self.room.sequences, "more sequences are cached than were promised"
             took_s = self._costs.of(step) * (1 + self._jitter * self._rng.random())
             came_s = self._cross(index, step, now)
             now = self._free_s[index] = max(came_s, self._free_s[index]) + took_s

@@ -45,11 +45,11 @@ def simulate(seed: int) -> list[Life]:
         promises=Promises(first_tokens=rng.choice([1, 3, 10, 60])),
         queue_limits=rng.choice([QueueLimits(), QueueLimits(2, 60), QueueLimits(5, 100)]),
     )
-    world = World(scheduler, stages, [_arrival(rng, number, room) for number in range(rng.randint(1, 12))])
+    world = World(scheduler, stages, [arrival(rng, number, room) for number in range(rng.randint(1, 12))])
     return list(world.run().values())
 
 
-def _arrival(rng: random.Random, number: int, room: Room) -> Arrival:
+def arrival(rng: random.Random, number: int, room: Room) -> Arrival:
     prompt = tuple(rng.randint(1, 9) for _ in range(rng.randint(1, 40)))
     is_open = rng.random() < 0.5
     ask = SequenceAsk(

@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from cluster.errors import AtCapacity
-from cluster.steps import Draw, Drop, StepDone, StepOutcome
+from cluster.steps import Draw, Drop, StepDone, StepFailed, StepOutcome
 from cluster.types import SequenceId, StepId
 from coordinator.events import Event, SequenceDisplaced, SequenceEnded, SequenceExpired, SequenceFailed, TokenDrawn
 from coordinator.lanes import Lane
+from coordinator.parking import Parking, Stranded
 from coordinator.scheduler import Scheduler
 from coordinator.sequence import SequenceAsk
 from tests.simulation.stages import END, Stages, token_at
@@ -29,6 +30,17 @@ class Arrival:
     leaves_s: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Break:
+    """The plan breaks at some time, and another one takes over later; who waits longer than the grace is told."""
+
+    at_s: float
+    back_s: float
+    scheduler: Scheduler
+    stages: Stages
+    grace_s: float = 60.0
+
+
 @dataclass(slots=True)
 class Life:
     """What became of a request."""
@@ -39,6 +51,7 @@ class Life:
     end: str = ""  # how it ended
     end_s: float = 0.0
     drops: int = 0  # steps that threw it out of the caches before its end
+    breaks: int = 0  # plans that broke before its end
 
     @property
     def first_token_s(self) -> float:
@@ -61,16 +74,24 @@ def expected_answer(ask: SequenceAsk) -> list[int]:
     return answer
 
 
+_What = Arrival | SequenceId | StepOutcome | Break | None
+
+
 class World:
     """Run it once."""
 
-    def __init__(self, scheduler: Scheduler, stages: Stages, arrivals: Iterable[Arrival]) -> None:
+    def __init__(
+        self, scheduler: Scheduler, stages: Stages, arrivals: Iterable[Arrival], breaks: Iterable[Break] = ()
+    ) -> None:
         self.scheduler = scheduler
         self.stages = stages
+        self._breaks = tuple(breaks)
+        self._parking: Parking | None = None
+        self._room = stages.room
         self.lives = {arrival.ask.seq: Life(arrival) for arrival in arrivals}
         self._now = 0.0
         self._order = itertools.count()
-        self._agenda: list[tuple[float, int, Arrival | SequenceId | StepOutcome | None]] = []
+        self._agenda: list[tuple[float, int, _What]] = []
         self._sent_s: dict[StepId, float] = {}
         self.in_flight: list[tuple[float, int]] = []  # with each new step
 
@@ -80,6 +101,8 @@ class World:
             self._plan(life.arrival.at_s, life.arrival)
             if life.arrival.leaves_s is not None:
                 self._plan(life.arrival.leaves_s, life.arrival.ask.seq)
+        for broken in self._breaks:
+            self._plan(broken.at_s, broken)
         self._plan(TICK_S, None)
         while self._agenda:
             self._now, _, what = heapq.heappop(self._agenda)
@@ -90,13 +113,17 @@ class World:
                     self._submit(what)
                 case int():
                     self._leave(what)
+                case Break() if self._parking is None:
+                    self._break(what)
+                case Break():
+                    self._go_on(what)
                 case _:
                     self._hear(self.scheduler.complete(what, self._now, self._away_s(what)))
             self._dispatch()
         self._check_idle()
         return self.lives
 
-    def _plan(self, at_s: float, what: Arrival | SequenceId | StepOutcome | None) -> None:
+    def _plan(self, at_s: float, what: _What) -> None:
         heapq.heappush(self._agenda, (at_s, next(self._order), what))
 
     def _away_s(self, outcome: StepOutcome) -> float:
@@ -104,8 +131,36 @@ class World:
         marks = outcome.marks if isinstance(outcome, StepDone) else ()
         return elapsed_s - sum(mark.queue_s + mark.compute_s for mark in marks)
 
+    def _break(self, what: Break) -> None:
+        """What was under way is never heard of again."""
+        self._agenda = [item for item in self._agenda if not isinstance(item[2], StepDone | StepFailed)]
+        heapq.heapify(self._agenda)
+        self._sent_s.clear()
+        self._parking = Parking(self._room.context_tokens, what.grace_s, lambda: self._now)
+        stranded = self.scheduler.strand()
+        for state in stranded:
+            self.lives[state.ask.seq].breaks += 1
+        self._parking.take([Stranded(state, self._listen) for state in stranded])
+        assert self.scheduler.next_step(self._now) is None
+        assert (self.scheduler.running, self.scheduler.waiting, self.scheduler.reserved_tokens) == (0, 0, 0)
+        self._plan(what.back_s, what)
+
+    def _go_on(self, what: Break) -> None:
+        assert self._parking is not None
+        if self._parking.is_over:
+            self._parking.end("no machine came back")
+        stranded, self._parking = self._parking.leave(), None
+        self.scheduler, self.stages = what.scheduler, what.stages
+        self._hear(self.scheduler.adopt([one.state for one in stranded], self._now))
+
+    def _listen(self, event: Event) -> None:
+        self._hear([event])
+
     def _tick(self) -> None:
-        self._hear(self.scheduler.expire(self._now))
+        if self._parking is not None:
+            self._parking.expire()
+        else:
+            self._hear(self.scheduler.expire(self._now))
         for life in self.lives.values():
             limits = life.arrival.ask.deadlines
             overdue_s = self._now - life.arrival.at_s - limits.total_s
@@ -115,16 +170,24 @@ class World:
 
     def _submit(self, arrival: Arrival) -> None:
         try:
-            self._hear(self.scheduler.submit([arrival.ask], self._now))
+            if self._parking is not None:
+                self._parking.submit([arrival.ask], self._listen)
+            else:
+                self._hear(self.scheduler.submit([arrival.ask], self._now))
         except AtCapacity:
             self._end(arrival.ask.seq, "turned away")
 
     def _leave(self, seq: SequenceId) -> None:
         if not self.lives[seq].end:
-            self.scheduler.cancel(seq)
+            if self._parking is not None:
+                self._parking.cancel([seq])
+            else:
+                self.scheduler.cancel(seq)
             self._end(seq, "cancelled")
 
     def _dispatch(self) -> None:
+        if self._parking is not None:
+            return
         while (step := self.scheduler.next_step(self._now)) is not None:
             for verb in step.verbs:
                 if isinstance(verb, Drop):
