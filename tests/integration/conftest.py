@@ -18,6 +18,7 @@ from tests.integration.live import Coordinator, Pool, has_backend, processes_of
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import
     from tests.integration.answers import Served
+    from tests.integration.hostile import Stage
 
 
 @pytest.fixture(scope="session")
@@ -62,3 +63,20 @@ def mixed(served: Served, pool: Pool) -> Iterator[Coordinator]:
     names = ("torch-a", "mlx-a", "torch-b") if has_backend("mlx") else ("torch-a", "torch-b", "torch-c")
     with pool.serving(served.folder, names) as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+def stages(mixed: Coordinator, pool: Pool) -> list[Stage]:
+    """The stages of `mixed`, as who attacks them knows them."""
+    from tests.integration.hostile import stages_of
+
+    return stages_of(mixed, pool)
+
+
+@pytest.fixture
+def unharmed(mixed: Coordinator, served: Served, stages: list[Stage]) -> Iterator[None]:
+    """Whatever the test does, others are answered."""
+    from tests.integration.hostile import unharmed_by
+
+    with unharmed_by(mixed, served, stages):
+        yield

@@ -1,113 +1,27 @@
-"""Whatever arrives at a node's data streams and control calls: the stream or call ends, everything else goes on."""
+"""Whatever arrives at a node's data streams: the stream ends, everything else goes on."""
 
 from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import replace
 
-import grpc
-import grpc.aio
-import msgpack
-import psutil
 import pytest
 
 pytest.importorskip("torch", reason="the checkpoint is made with transformers: the extra [torch]")
 
 from cluster.codec import encode
-from cluster.errors import PotluckError
 from cluster.frames import Frame, Hello, Outcome, StreamRole
 from cluster.handshake import greet
 from cluster.limits import FRAME_HEADER_BYTES_MAX, GRPC_MESSAGE_BYTES_MAX, PROTOCOL_VERSION
 from cluster.plan import Fence
-from cluster.quantities import MIB
 from cluster.steps import Drop, Row, Step, StepDone
 from cluster.transport import Credentials, open_stream
 from cluster.types import DeploymentId, DType, Epoch, HostTensor, SequenceId, StepId
-from cluster.wire import node_pb2 as pb
-from cluster.wire import node_pb2_grpc as rpc
-from tests.integration.answers import Served
-from tests.integration.live import Bystander, Coordinator, Pool, happenings
+from tests.integration.hostile import Stage, closes, message
 
 pytestmark = pytest.mark.usefixtures("unharmed")
-
-_WAIT_S = 30.0
-_MEMORY_MAX_BYTES = 64 * MIB
-"""What a node's peak may grow by while it refuses things. The smallest lie below announces 512 GiB."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """A stage that serves: where it listens, and what only its coordinator should know."""
-
-    index: int
-    address: str
-    pid: int
-    fence: Fence
-
-    def hello(self) -> Hello:
-        return Hello(self.fence, self.index, StreamRole.UPSTREAM)
-
-
-@pytest.fixture(scope="module")
-def stages(mixed: Coordinator, pool: Pool) -> list[Stage]:
-    names = [stage["node"] for stage in mixed.status()["plan"]["stages"]]
-    holder = happenings(mixed.process, "listening")[0]["coordinator"]
-    fences = [asyncio.run(_spy(pool.addresses[name], holder)) for name in names]
-    return [
-        Stage(index, pool.addresses[name], pool.processes[name].pid, fence)
-        for index, (name, fence) in enumerate(zip(names, fences, strict=True))
-    ]
-
-
-async def _spy(address: str, holder: str) -> Fence:
-    """The epoch that a node is in, as its coordinator sees it."""
-    async with Credentials().channel(address) as channel:
-        stub: rpc.NodeAsyncStub = rpc.NodeStub(channel)
-        async for beat in stub.Watch(pb.WatchRequest(coordinator_id=holder), timeout=_WAIT_S):
-            return Fence(DeploymentId(beat.fence.deployment), Epoch(beat.fence.epoch))
-    raise AssertionError("no heartbeat")
-
-
-@pytest.fixture
-def unharmed(mixed: Coordinator, served: Served, stages: list[Stage]) -> Iterator[None]:
-    """Somebody else's answers stay right all the while, and no node takes memory for what it refuses."""
-    before = [_peak_bytes(stage.pid) for stage in stages]
-    with Bystander(mixed, served.asked.prompt, served.asked.ids):
-        yield
-    grown = [_peak_bytes(stage.pid) - peak for stage, peak in zip(stages, before, strict=True)]
-    assert max(grown) < _MEMORY_MAX_BYTES
-
-
-def _peak_bytes(pid: int) -> int:
-    status = Path(f"/proc/{pid}/status")
-    if not status.exists():  # not Linux: what it takes now will have to do
-        return int(psutil.Process(pid).memory_info().rss)
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
-
-
-async def _closes(stage: Stage, messages: Sequence[bytes], *, greeting: Hello | None) -> bool:
-    """Whether the node ends the stream after these messages."""
-    stream = open_stream(Credentials(), stage.address)
-    try:
-        async with asyncio.timeout(_WAIT_S):
-            if greeting is not None:
-                await greet(stream, greeting)
-            for message in messages:
-                await stream.write(message)
-            return await stream.read() is None
-    except PotluckError:
-        return True  # gRPC itself refused, or the node hung up while we were writing
-    finally:
-        await stream.close()
-
-
-def _message(header: object, payload: bytes = b"") -> bytes:
-    packed = msgpack.packb(header)
-    return struct.pack("<I", len(packed)) + packed + payload
 
 
 # -- Before the greeting ---------------------------------------------------------------------------------
@@ -119,28 +33,28 @@ FIRST_MESSAGES: dict[str, Callable[[Stage], bytes]] = {
     "one byte": lambda stage: b"\x00",
     "noise": lambda stage: bytes(range(256)) * 256,
     "a header longer than the message": lambda stage: struct.pack("<I", 0xFFFFFFFF) + b"x",
-    "a header of the largest size": lambda stage: _message([0] * (FRAME_HEADER_BYTES_MAX - 8)),
+    "a header of the largest size": lambda stage: message([0] * (FRAME_HEADER_BYTES_MAX - 8)),
     "a header nested deeply": lambda stage: struct.pack("<I", 100_000) + b"\x91" * 100_000,
     "a map of 4 billion": lambda stage: struct.pack("<I", 5) + b"\xdf\xff\xff\xff\xff",
     "a message beyond gRPC's limit": lambda stage: bytes(GRPC_MESSAGE_BYTES_MAX + 1),
-    "another version": lambda stage: _message([PROTOCOL_VERSION + 1, "h", "d", 1, 0, "upstream"]),
+    "another version": lambda stage: message([PROTOCOL_VERSION + 1, "h", "d", 1, 0, "upstream"]),
     "another epoch": lambda stage: encode(
         replace(stage.hello(), fence=replace(stage.fence, epoch=Epoch(stage.fence.epoch + 1)))
     )[0],
     "another deployment": lambda stage: encode(replace(stage.hello(), fence=_OTHER))[0],
     "another stage": lambda stage: encode(replace(stage.hello(), stage=stage.index + 1))[0],
-    "an unknown role": lambda stage: _message(
+    "an unknown role": lambda stage: message(
         [PROTOCOL_VERSION, "h", stage.fence.deployment, stage.fence.epoch, stage.index, "boss"]
     ),
     "a frame without a greeting": lambda stage: encode(Frame(stage.fence, Step(StepId(1), (), ())))[0],
-    "a text as epoch": lambda stage: _message([PROTOCOL_VERSION, "h", stage.fence.deployment, "1", 0, "upstream"]),
+    "a text as epoch": lambda stage: message([PROTOCOL_VERSION, "h", stage.fence.deployment, "1", 0, "upstream"]),
 }
 
 
 @pytest.mark.parametrize("what", FIRST_MESSAGES)
 def test_a_stream_that_begins_wrongly_is_closed(what: str, stages: list[Stage]) -> None:
     for stage in stages:
-        assert asyncio.run(_closes(stage, [FIRST_MESSAGES[what](stage)], greeting=None))
+        assert asyncio.run(closes(stage, [FIRST_MESSAGES[what](stage)], greeting=None))
 
 
 # -- After the greeting ----------------------------------------------------------------------------------
@@ -152,7 +66,7 @@ def _frame(stage: Stage, *, step: int = 1 << 40, parts: object = 1, verbs: objec
     """A frame for `stage` with any of its parts replaced."""
     at = fence or stage.fence
     some_row = _columns([1 << 40], struct.pack("<2i", 9, 9), 2)
-    return _message(
+    return message(
         [PROTOCOL_VERSION, "f", at.deployment, at.epoch, step, parts, verbs, some_row if rows is None else rows,
          tensors, [], [], None, narrow, narrowing],
         payload,
@@ -205,7 +119,7 @@ LATER_MESSAGES: dict[str, Callable[[Stage], list[bytes]]] = {
     "a stage before the first that narrows": lambda stage: [_frame(stage, rows=_NO_ROWS, narrowing=[-1])],
     "a payload that nobody announced": lambda stage: [_frame(stage, rows=_NO_ROWS, payload=bytes(100))],
     "the second part of nothing": lambda stage: [
-        _message([PROTOCOL_VERSION, "p", stage.fence.deployment, stage.fence.epoch, 7, 1], bytes(10))
+        message([PROTOCOL_VERSION, "p", stage.fence.deployment, stage.fence.epoch, 7, 1], bytes(10))
     ],
     "a token outside the vocabulary": lambda stage: [_row(stage, struct.pack("<i", 1 << 30))],
     "a negative token": lambda stage: [_row(stage, struct.pack("<i", -1))],
@@ -225,19 +139,19 @@ LATER_MESSAGES: dict[str, Callable[[Stage], list[bytes]]] = {
     "two rows of one sequence": lambda stage: [_frame(stage, rows=_columns([5, 5], _NINE * 2, 1))],
     "100,000 verbs": lambda stage: [_frame(stage, verbs=[["d", 1]] * 50_000, rows=_NO_ROWS)],
     "an unknown verb": lambda stage: [_frame(stage, verbs=[["x", 1]], rows=_NO_ROWS)],
-    "fields missing": lambda stage: [_message([PROTOCOL_VERSION, "f", stage.fence.deployment, stage.fence.epoch, 1])],
+    "fields missing": lambda stage: [message([PROTOCOL_VERSION, "f", stage.fence.deployment, stage.fence.epoch, 1])],
 }
 
 
 @pytest.mark.parametrize("what", LATER_MESSAGES)
 def test_a_stream_that_breaks_the_contract_is_closed(what: str, stages: list[Stage]) -> None:
     for stage in stages:
-        assert asyncio.run(_closes(stage, LATER_MESSAGES[what](stage), greeting=stage.hello()))
+        assert asyncio.run(closes(stage, LATER_MESSAGES[what](stage), greeting=stage.hello()))
 
 
 def test_nobody_else_may_take_the_results(stages: list[Stage]) -> None:
     for stage in stages:
-        assert asyncio.run(_closes(stage, [], greeting=Hello(stage.fence, stage.index, StreamRole.RESULTS)))
+        assert asyncio.run(closes(stage, [], greeting=Hello(stage.fence, stage.index, StreamRole.RESULTS)))
 
 
 def test_a_hundred_streams_that_say_nothing_change_nothing(stages: list[Stage]) -> None:
@@ -249,54 +163,6 @@ def test_a_hundred_streams_that_say_nothing_change_nothing(stages: list[Stage]) 
     asyncio.run(open_many())
 
 
-# -- Control calls ---------------------------------------------------------------------------------------
-
-
-def _refusal(address: str, call: Callable[[rpc.NodeAsyncStub], object]) -> grpc.aio.AioRpcError:
-    """How the node at `address` refuses a call."""
-
-    async def ask() -> None:
-        async with Credentials().channel(address) as channel:
-            answer = call(rpc.NodeStub(channel))
-            if hasattr(answer, "__aiter__"):
-                async for _ in answer:
-                    pass
-            await answer  # type: ignore[misc]
-
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        asyncio.run(ask())
-    return caught.value
-
-
-def test_whoever_does_not_hold_the_lease_is_refused_every_change(stages: list[Stage]) -> None:
-    stranger = "f" * 32
-    calls: list[Callable[[rpc.NodeAsyncStub], object]] = [
-        lambda node: node.Release(pb.ReleaseRequest(coordinator_id=stranger), timeout=_WAIT_S),
-        lambda node: node.Load(pb.LoadRequest(coordinator_id=stranger), timeout=_WAIT_S),
-        lambda node: node.Connect(pb.ConnectRequest(coordinator_id=stranger), timeout=_WAIT_S),
-        lambda node: node.Watch(pb.WatchRequest(coordinator_id=stranger), timeout=_WAIT_S),
-    ]
-    for call in calls:
-        refusal = _refusal(stages[0].address, call)
-        assert refusal.code() is grpc.StatusCode.FAILED_PRECONDITION
-        assert "lease" in (refusal.details() or "")
-
-
-def test_what_a_node_tells_anyone_does_not_let_them_command_it(mixed: Coordinator, stages: list[Stage]) -> None:
-    """Holding the lease is proved by the coordinator's id, so nobody learns the whole of it."""
-
-    async def told() -> str:
-        async with Credentials().channel(stages[0].address) as channel:
-            stub: rpc.NodeAsyncStub = rpc.NodeStub(channel)
-            return (await stub.Describe(pb.DescribeRequest(), timeout=_WAIT_S)).leased_to
-
-    seen = asyncio.run(told())
-    assert seen and happenings(mixed.process, "listening")[0]["coordinator"].startswith(seen)
-    release = pb.ReleaseRequest(coordinator_id=seen)
-    refusal = _refusal(stages[0].address, lambda node: node.Release(release, timeout=_WAIT_S))
-    assert refusal.code() is grpc.StatusCode.FAILED_PRECONDITION
-
-
 def test_a_drop_of_an_unknown_sequence_is_no_error(stages: list[Stage]) -> None:
     """Cancels may cross: a well-formed frame is served, and the pipeline goes on."""
     frame = encode(Frame(stages[0].fence, Step(StepId(1 << 41), (Drop(SequenceId(1 << 41)),), ())))
@@ -304,8 +170,8 @@ def test_a_drop_of_an_unknown_sequence_is_no_error(stages: list[Stage]) -> None:
     async def send() -> None:
         stream = open_stream(Credentials(), stages[0].address)
         await greet(stream, stages[0].hello())
-        for message in frame:
-            await stream.write(message)
+        for part in frame:
+            await stream.write(part)
         await asyncio.sleep(0.5)
         await stream.close()
 
