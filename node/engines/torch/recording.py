@@ -5,6 +5,7 @@ A record computes again over the same tensors: whoever has it changes their valu
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Final, Protocol
 
@@ -68,7 +69,9 @@ class GraphRecorder:
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             compute()  # compiles and looks up what must not be recorded, and may wait for that
-            torch.cuda.set_sync_debug_mode("error")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it may overlook some; the recording itself does not
+                torch.cuda.set_sync_debug_mode("error")
             try:
                 compute()
             finally:
