@@ -268,6 +268,20 @@ def test_only_what_has_moved_is_uploaded(checkpoint: Checkpoints, monkeypatch: p
     assert uploads == [1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0]
 
 
+def test_what_a_failed_step_left_is_given_back_by_the_next() -> None:
+    """A long chunk of a layer with a window needs room that decode steps do not."""
+    sequence = SequenceCache([16, None], context_tokens=400)
+    token, chunk = torch.zeros(2, 1, 16), torch.zeros(2, 300, 16)
+    for layer in (0, 1):
+        sequence.write(layer, 0, token, token)
+    sequence.commit(1, {})
+    sequence.write(0, 1, chunk, chunk)  # and then layer 1 fails
+    assert sequence.allocated_bytes > 2 * chunk.nbytes
+    assert sequence.places(2) is sequence.places(2)
+    assert sequence.allocated_bytes <= 8 * token.nbytes
+    assert [int(room) for room in sequence.places(2)[:, 2]] == [2, 2]
+
+
 # -- What must be noticed ------------------------------------------------------------------------------------
 
 

@@ -71,6 +71,7 @@ class SequenceCache:
         layer has some already. The same array as long as nothing has moved."""
         if self._places is None or end > self._room:
             for kept in self._kept:
+                kept.settle(self.length)  # a step that failed may have left more room than any other needs
                 kept.reserve(self.length, end)
             self._places = np.array([kept.place for kept in self._kept], dtype=np.int64)
             self._room = int((self._places[:, 2] + self._places[:, 3]).min())
