@@ -92,6 +92,8 @@ class _Surprise:
         self._variance = RESTLESS**2
 
     def note(self, foreseen_s: float, took_s: float) -> None:
+        if foreseen_s <= 0:
+            return  # stages that take no time surprise nobody
         longer = min(1.0, max(0.0, took_s / foreseen_s - 1))  # one that slept for a minute is no measure of others
         self._variance = KEPT * self._variance + (1 - KEPT) * 2 * longer * longer
 

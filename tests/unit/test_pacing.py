@@ -68,6 +68,13 @@ def test_steps_that_take_longer_than_foreseen_keep_the_promise_too(deviation: fl
     assert median(took) > 1.3 * alone_s  # and the prompt goes on
 
 
+def test_stages_that_take_no_time_are_no_surprise() -> None:
+    pace = Pace(1)
+    for tokens in (0, 8, 8, 8):
+        pace.note(marks(0.0)[1:], 4, tokens, paced=True)
+    assert pace.beside_answers(4, 4, [4096], 4) >= PACED_TOKENS_MIN
+
+
 def test_one_step_that_took_a_hundred_times_as_long_is_soon_forgotten() -> None:
     pace = taught()
     before = pace.slowdown
