@@ -172,12 +172,15 @@ def test_what_no_kernel_knows_is_computed_row_by_row(
 
 
 def test_kernels_are_compiled_for_every_number_of_rows_at_load(checkpoint: Checkpoints) -> None:
-    """So that nobody who joins others waits for that."""
+    """So that nobody who joins others waits for that; where tensors begin counts as well."""
     met = set()
 
-    def noting(query: torch.Tensor, *args: object) -> torch.Tensor:
+    def noting(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: object) -> torch.Tensor:
+        places, positions = args[:2]
+        assert isinstance(places, torch.Tensor) and isinstance(positions, torch.Tensor)
+        assert (places.data_ptr() % 16, positions.data_ptr() % 16) == (0, 0)
         met.add(query.shape[1])
-        return attend(query, *args)  # type: ignore[arg-type]
+        return attend(query, key, value, *args)  # type: ignore[arg-type]
 
     pipeline(checkpoint("llama"), (), attend=noting)
     assert met == {1, 2, 4}

@@ -142,7 +142,7 @@ class DecodeSteps:
 
     def _compute(self, count: int) -> tuple[torch.Tensor, ...]:
         """What is recorded. Reads the tensors above, and nothing else that changes."""
-        ids, positions = self._numbers[:count], self._numbers[count : 2 * count]
+        ids, positions = self._numbers[:count], self._numbers[_aligned(count) :][:count]
         decode = DecodeRows(self._attend, self._places[:count], positions, self._spec.context_tokens)
         batch = Batch((), decode=decode)
         sliced = self._sliced
@@ -152,10 +152,11 @@ class DecodeSteps:
         return sliced.hidden_states(entering, positions, batch).tensors
 
     def _upload(self, rows: Sequence[Row], inputs: Boundary | None, places: Sequence[Places], count: int) -> None:
-        numbers = torch.zeros(2 * count, dtype=torch.int64)
+        begin = _aligned(count)
+        numbers = torch.zeros(begin + count, dtype=torch.int64)
         numbers[: len(rows)] = torch.tensor([row.tokens[0] for row in rows])
-        numbers[count : count + len(rows)] = torch.tensor([row.start for row in rows])
-        self._numbers[: 2 * count].copy_(numbers)
+        numbers[begin : begin + len(rows)] = torch.tensor([row.start for row in rows])
+        self._numbers[: begin + count].copy_(numbers)
         for tensor, entering in zip(inputs or (), self._entering, strict=True):
             entering[: len(rows)].copy_(from_host(tensor, torch.device("cpu")))
         self._place([*places, *[self._nobody] * (count - len(rows))])
@@ -178,3 +179,8 @@ class DecodeSteps:
             return np.empty((0, self._sliced.vocabulary), dtype=np.float32)
         logits: Logits = outputs[0][: drawing[-1] + 1].cpu().numpy()
         return np.ascontiguousarray(logits) if len(drawing) == len(logits) else logits[drawing]
+
+
+def _aligned(count: int) -> int:
+    """Where numbers may begin behind so many: at a multiple of 16 bytes, or Triton compiles kernels of their own."""
+    return count + count % 2
