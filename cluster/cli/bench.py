@@ -7,6 +7,7 @@ Owns: what is asked, of whom and in which order. The asking is `bench_endpoint` 
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import sys
 from collections.abc import Sequence
@@ -62,9 +63,9 @@ def bench_command(command: BenchCommand) -> int:
     if len({name for name, _ in urls}) < len(urls):
         raise UsageError("two endpoints of one name; expected --against NAME=URL with a name of its own for each")
     seed = secrets.randbelow(_SEEDS) if command.seed is None else command.seed
-    key = os.environ.get(_KEY_VARIABLE)
-    endpoints = [(name, Endpoint(url, key=key)) for name, url in urls]
-    targets = [Target(name, urlsplit(each.url), each.chat_model(), key) for name, each in endpoints]
+    keys = {name: os.environ.get(_key_variable(name if place else "")) for place, (name, _) in enumerate(urls)}
+    endpoints = [(name, Endpoint(url, key=keys[name])) for name, url in urls]
+    targets = [Target(name, urlsplit(each.url), each.chat_model(), keys[name]) for name, each in endpoints]
     benches = [BenchedEndpoint(target, seed=seed, timeout_s=command.timeout_s) for target in targets]
     results: list[Result] = []
     console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -80,15 +81,23 @@ def bench_command(command: BenchCommand) -> int:
                 if table is not None:
                     table.add(results[-1])
 
-    run_async(work())
-    if table is not None:
-        table.end()
-    if command.as_json:
-        sys.stdout.write(bench_report.document(results, seed) + "\n")
-    if command.plot is not None:
-        command.plot.write_text(bench_report.page(results), encoding="utf-8")
-        console.print(f"The plot is {command.plot}", markup=False)
+    try:
+        run_async(work())
+    finally:  # also of a run that was stopped, what was measured counts
+        if table is not None and results:
+            table.end()
+        if command.as_json and results:
+            sys.stdout.write(bench_report.document(results, seed) + "\n")
+        if command.plot is not None and results:
+            command.plot.write_text(bench_report.page(results), encoding="utf-8")
+            console.print(f"The plot is {command.plot}", markup=False)
     return 1 if any(result.problems for result in results) else 0
+
+
+def _key_variable(name: str) -> str:
+    """Where the key of an endpoint of this name is looked for; of the one without a name, ours."""
+    suffix = re.sub(r"[^A-Z0-9]+", "_", name.upper()).strip("_")
+    return f"{_KEY_VARIABLE}_{suffix}" if suffix else _KEY_VARIABLE
 
 
 def _named(text: str) -> tuple[str, str]:

@@ -63,6 +63,11 @@ class Result:
     inside: Inside | None = None
 
     @property
+    def output_tokens(self) -> float:
+        """Of an answer, on average, as they came."""
+        return self.tokens / self.requests
+
+    @property
     def tokens_s(self) -> float:
         """Received by all users together, from the first request to the last token."""
         return self.tokens / self.wall_s if self.wall_s > 0 else 0.0

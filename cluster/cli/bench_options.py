@@ -27,8 +27,9 @@ def bench(
     """Measure an endpoint, ours or anybody's: how soon and how fast answers come, for how many users at once.
 
     Every combination of --users, --prompt and --output is measured on every endpoint, side by side. The prompts are
-    random words, so that no cache has seen them, unless a --seed is used again. A key, sent to every endpoint:
-    POTLUCK_BENCH_KEY.
+    random words, so that no cache has seen them, unless a --seed is used again. Keys come from the environment:
+    POTLUCK_BENCH_KEY, and POTLUCK_BENCH_KEY_LLAMA_CPP for --against llama.cpp=URL. What was measured before Ctrl-C is
+    written as well.
 
     \b
     Examples:

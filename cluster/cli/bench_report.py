@@ -16,6 +16,9 @@ _COLUMNS = (
     ("p99", 8), ("tok/s", 8), ("each", 7),
 )  # fmt: skip
 
+_SHORT = 0.98
+"""Of the tokens that were asked for: below it rates are not those of answers of that length."""
+
 _COLOURS = ("#2563eb", "#dc2626", "#059669", "#9333ea", "#d97706", "#475569")
 _WIDTH, _HEIGHT, _MARGIN = 460, 260, 50
 
@@ -33,11 +36,13 @@ class Table:
         self._begun = True
         load, first, gap = result.load, result.first, result.gap
         cells = [
-            result.endpoint[:12], str(load.users), f"{result.prompt_tokens:.0f}", str(load.output_tokens),
+            result.endpoint[:12], str(load.users), f"{result.prompt_tokens:.0f}", f"{result.output_tokens:.0f}",
             *_spread(first)[:2], *_spread(gap), f"{result.tokens_s:.1f}",
             "-" if result.user_tokens_s is None else f"{result.user_tokens_s:.1f}",
         ]  # fmt: skip
         self._print("  ".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, _COLUMNS, strict=True)))
+        if not result.problems and result.output_tokens < _SHORT * load.output_tokens:
+            self._print(f"{'':>12}  answers ended before the {load.output_tokens} tokens that were asked for")
         if result.cached_tokens >= 1:
             self._print(f"{'':>12}  of a prompt's tokens {result.cached_tokens:.0f} came from a cache")
         if result.inside is not None:
@@ -57,7 +62,10 @@ class Table:
 
 def document(results: Sequence[Result], seed: int) -> str:
     """One JSON document; units are in the names. The seed asks for the same prompts again."""
-    rows = [{**dataclasses.asdict(result), "tokens_s": result.tokens_s} for result in results]
+    rows = [
+        {**dataclasses.asdict(result), "tokens_s": result.tokens_s, "output_tokens": result.output_tokens}
+        for result in results
+    ]
     return json.dumps({"seed": seed, "results": rows})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ import pytest
 
 from cluster.cli.bench_client import Target
 from cluster.cli.bench_endpoint import BenchedEndpoint
-from tests.integration.live import Coordinator
+from tests.integration.live import Coordinator, eventually
 
 _FIRST_S, _GAP_S = 0.3, 0.05
 
@@ -35,6 +36,7 @@ class _Endpoint(ThreadingHTTPServer):
         self.key = ""
         self.is_proxy_without_server = False
         self.is_silent = False
+        self.most_tokens = 1000
         self.space = " "
         self.prompts: list[str] = []  # without those that find out what the endpoint understands
         self.asked_to_last: set[bool] = set()  # by the same
@@ -85,11 +87,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"data: [DONE]\n\n")
             return None
         time.sleep(_FIRST_S)
-        for _ in range(body["max_tokens"]):
+        tokens = min(body["max_tokens"], self.server.most_tokens)
+        for _ in range(tokens):
             self._event({"choices": [{"delta": {"content": "x"}}]})
             time.sleep(_GAP_S)
         words = len(body["messages"][0]["content"].split())
-        usage = {"prompt_tokens": 10 + 2 * words, "completion_tokens": body["max_tokens"]}
+        usage = {"prompt_tokens": 10 + 2 * words, "completion_tokens": tokens}
         self._event({"choices": [], "usage": usage})
         self.wfile.write(f"data:{self.server.space}[DONE]\n\n".encode())
         with self.server.lock:
@@ -166,6 +169,36 @@ def test_a_key_opens_every_door_of_an_endpoint(endpoint: _Endpoint, monkeypatch:
     monkeypatch.setenv("POTLUCK_BENCH_KEY", "secret")
     done = _bench(endpoint.url, *options)
     assert done.returncode == 0, done.stderr
+
+
+def test_each_endpoint_gets_its_own_key(endpoint: _Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoint.key = "secret"
+    monkeypatch.setenv("POTLUCK_BENCH_KEY", "secret")
+    options = ("--users", "1", "--output", "4", "--rounds", "1", "--against", f"llama.cpp={endpoint.url}")
+    assert "who are you?" in _bench(endpoint.url, *options).stderr, "ours was not sent there"
+    monkeypatch.setenv("POTLUCK_BENCH_KEY_LLAMA_CPP", "secret")
+    assert _bench(endpoint.url, *options).returncode == 0
+
+
+def test_answers_that_end_early_are_shown_as_long_as_they_were(endpoint: _Endpoint) -> None:
+    endpoint.most_tokens = 6
+    done = _bench(endpoint.url, "--users", "1", "--output", "12", "--rounds", "1")
+    assert done.returncode == 0, done.stderr
+    (row,) = (line.split() for line in done.stdout.splitlines() if line.split()[:1] == ["potluck"])
+    assert row[3] == "6"
+    assert "answers ended before the 12 tokens" in done.stdout
+
+
+def test_what_was_measured_before_it_was_stopped_is_written(endpoint: _Endpoint, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cluster.cli.main", "bench", "--url", endpoint.url, "--json", "--rounds", "1"]
+    command += ["--users", "1", "--output", "5,900", "--plot", str(tmp_path / "page.html")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as bench:
+        eventually(lambda: len(endpoint.prompts) == 2, "the second load has begun", 60.0)
+        bench.send_signal(signal.SIGINT)
+        said, _ = bench.communicate(timeout=60)
+    assert bench.returncode == 130
+    assert [result["load"]["output_tokens"] for result in json.loads(said)["results"]] == [5]
+    assert "5 out" in (tmp_path / "page.html").read_text()
 
 
 def test_refusals_are_counted_and_told_and_fail_the_command(endpoint: _Endpoint) -> None:
