@@ -33,6 +33,7 @@ from node.verification import Subject, verify
 from tests.checkpoints import make_checkpoint
 from tests.converted import convert
 from tests.oracle import pipelines
+from tests.oracle.company import assert_company_changes_nothing
 from tests.oracle.conftest import TOLERANCE
 from tests.oracle.dequantised import dequantised
 from tests.oracle.pipelines import greedy, load_pipeline, run_prefill, stage_specs
@@ -114,6 +115,14 @@ def test_packed_at_load_equals_the_whole_model_of_rounded_numbers(
     answer = expected(family, bits)
     engines = load_pipeline(makers, stage_specs(folders(family, bits)[0], CUTS[len(makers)], bits=bits))
     assert_equal(*greedy(engines, answer.prompt, len(answer.ids), chunks=(17,)), answer)
+
+
+@pytest.mark.parametrize("makers", [(TORCH,), (MLX,), (MLX, TORCH)])
+@pytest.mark.parametrize(("family", "bits"), [("llama", 4), ("llama", 6), ("llama", 8), ("qwen3_moe", 4)])
+def test_neighbours_in_a_step_change_nothing(
+    family: str, bits: int, makers: tuple[Maker, ...], folders: Folders, expected: Callable[[str, int], Reference]
+) -> None:
+    assert_company_changes_nothing(makers, folders(family, bits)[0], expected(family, bits), bits=bits)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])

@@ -29,6 +29,7 @@ from node.engines.registry import create_engine
 from tests.checkpoints import make_checkpoint
 from tests.gguf_models import WIDE, as_q4_k_m, write_model
 from tests.oracle import ledger
+from tests.oracle.company import assert_company_changes_nothing
 from tests.oracle.conftest import TOLERANCE
 from tests.oracle.pipelines import greedy, load_pipeline, run_prefill, stage_specs
 from tests.oracle.reference import LAST_TOKENS, Reference, WholeModel, assert_same, decisive_reference
@@ -162,6 +163,16 @@ def test_packed_files_mean_exactly_what_their_blocks_do(
     folder = in_float32(written, tmp_path)
     assert read_facts(open_checkpoint(folder)).backends == set(Backend)
     run(folder, written.expected, backends)
+
+
+@pytest.mark.parametrize("backends", [(Backend.TORCH,), (Backend.MLX,), (Backend.MLX, Backend.TORCH)], ids="-".join)
+@pytest.mark.parametrize(("model", "recipe"), [("llama", "F32"), *PACKED])
+def test_neighbours_in_a_step_change_nothing(
+    model: str, recipe: str, backends: tuple[Backend, ...], make: Make, tmp_path: Path
+) -> None:
+    written = make(model, recipe)
+    makers = [partial(create_engine, backend) for backend in backends]
+    assert_company_changes_nothing(makers, in_float32(written, tmp_path), written.expected, context_tokens=128)
 
 
 @pytest.mark.parametrize("backend", list(Backend))

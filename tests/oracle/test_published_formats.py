@@ -24,6 +24,7 @@ from node.engines.torch.engine import TorchEngine
 from node.engines.torch.packed import Fp8, Mxfp4
 from tests.checkpoints import make_checkpoint
 from tests.eight_bit_checkpoints import LAYOUTS, eight_bits
+from tests.oracle.company import assert_company_changes_nothing
 from tests.oracle.conftest import TOLERANCE
 from tests.oracle.pipelines import greedy, load_pipeline, stage_specs
 from tests.oracle.reference import LAST_TOKENS, Reference, WholeModel, assert_same, decisive_reference
@@ -66,6 +67,14 @@ def test_it_equals_transformers_on_the_unpacked_weights(
     expected = answer(family, kind)
     engines = load_pipeline(makers, stage_specs(made(family, kind)[0], {1: (), 2: (3,), 3: (2, 4)}[len(makers)]))
     assert_same(*greedy(engines, expected.prompt, len(expected.ids), chunks=(17,)), expected, tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize("makers", [(TorchEngine,), (MlxEngine,), (TorchEngine, MlxEngine)])
+@pytest.mark.parametrize(("family", "kind"), [*CASES, ("gpt_oss", "mxfp4")])
+def test_neighbours_in_a_step_change_nothing(
+    family: str, kind: str, makers: tuple[type, ...], made: Made, answer: Callable[[str, str], Reference]
+) -> None:
+    assert_company_changes_nothing(makers, made(family, kind)[0], answer(family, kind))
 
 
 @pytest.mark.parametrize(("backend", "make"), [(Backend.TORCH, TorchEngine), (Backend.MLX, MlxEngine)])

@@ -23,6 +23,7 @@ from node.engines.torch.engine import TorchEngine
 from node.engines.torch.packed import Affine
 from tests.checkpoints import make_checkpoint
 from tests.converted import convert, unconverted
+from tests.oracle.company import assert_company_changes_nothing
 from tests.oracle.conftest import TOLERANCE
 from tests.oracle.pipelines import greedy, load_pipeline, ragged, run_prefill, stage_specs
 from tests.oracle.reference import LAST_TOKENS, Reference, WholeModel, assert_same, random_prompt
@@ -54,6 +55,15 @@ def test_widths_and_groups_that_people_use_run_on_both_engines(
     packed, _ = converted("llama", bits, "affine", group)
     engines = load_pipeline(makers, stage_specs(packed, (3,) * (len(makers) - 1)))
     assert_same(*greedy(engines, expected.prompt, len(expected.ids)), expected, tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize("makers", [(TorchEngine,), (MlxEngine,), (TorchEngine, MlxEngine)])
+@pytest.mark.parametrize(("bits", "mode"), [*((bits, "affine") for bits in (2, 3, 4, 5, 6, 8)), (4, "mxfp4")])
+def test_neighbours_in_a_step_change_nothing(
+    bits: int, mode: str, makers: tuple[type, ...], converted: Made, unpacked_answer: Answers
+) -> None:
+    expected = unpacked_answer("llama", bits=bits, mode=mode)
+    assert_company_changes_nothing(makers, converted("llama", bits, mode)[0], expected)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
