@@ -38,6 +38,17 @@ class Room:
     rewind: Rewind = EXACT  # where sequences can be cut back to
 
 
+def check_lengths(asks: Sequence[SequenceAsk], context_tokens: int) -> None:
+    """RequestError for what could not be computed even alone."""
+    for ask in asks:
+        if ask.worst_case_tokens > context_tokens:
+            raise RequestError(
+                f"{len(ask.prompt)} prompt tokens and {ask.max_tokens} to generate exceed the context of "
+                f"{context_tokens} tokens",
+                code="context_length_exceeded",
+            )
+
+
 class Admission:
     """The waiting and the running sequences of one installed plan. Where a method returns sequences, these were thrown
     out: they wait again, and their caches are to be dropped."""
@@ -63,13 +74,7 @@ class Admission:
     def make_room(self, asks: Sequence[SequenceAsk], now: float) -> list[SequenceDisplaced]:
         """Who has left the queue so that these choices of one request may wait in it. Raises where they can never run,
         or where the queue is full."""
-        for ask in asks:
-            if ask.worst_case_tokens > min(self._room.context_tokens, self._room.kv_tokens):
-                raise RequestError(
-                    f"{len(ask.prompt)} prompt tokens and {ask.max_tokens} to generate exceed the context of "
-                    f"{self._room.context_tokens} tokens",
-                    code="context_length_exceeded",
-                )
+        check_lengths(asks, min(self._room.context_tokens, self._room.kv_tokens))
         return self._queue.make_room(asks, now)
 
     def why_not(self, state: SequenceState) -> str | None:

@@ -23,8 +23,8 @@ KEPT: Final = 0.97
 """Of what is known of decode steps, with each new one: a second or two make most of an estimate."""
 
 SLOWDOWN: Final = 2.5
-"""A running answer's gap between tokens while a prompt is computed, over its gap alone: the promise, which ninety-nine
-gaps of a hundred keep."""
+"""A running answer's gap between tokens while a prompt is computed, over its gap alone: what ninety-nine gaps
+of a hundred are meant to keep."""
 
 SLOWDOWN_MIN: Final = 1.4
 """What is aimed at on the most restless machine; below it a prompt would hardly go on."""

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from cluster.errors import AtCapacity, RequestError
+from cluster.errors import AtCapacity
 from cluster.types import SequenceId
+from coordinator.admission import check_lengths
 from coordinator.crowding import QueueLimits
 from coordinator.deadlines import Limit, Times
 from coordinator.events import Event, SequenceExpired, SequenceFailed
@@ -108,13 +109,7 @@ class Parking:
     # -- Keeper ------------------------------------------------------------------------------------------
 
     def submit(self, asks: Sequence[SequenceAsk], listener: Listener) -> None:
-        for ask in asks:
-            if ask.worst_case_tokens > self.context_tokens:
-                raise RequestError(
-                    f"{len(ask.prompt)} prompt tokens and {ask.max_tokens} to generate exceed the context of "
-                    f"{self.context_tokens} tokens",
-                    code="context_length_exceeded",
-                )
+        check_lengths(asks, self.context_tokens)
         if not self._limits.hold([*(one.state.ask for one in self._waiting.values()), *asks]):
             raise AtCapacity(
                 f"{len(self._waiting)} requests wait for a machine to come back; no more can wait, so try again later",

@@ -62,7 +62,7 @@ class SequenceState:
     alone: bool = False  # computed in steps of its own, since a step that it shared has failed
     rewind_to: int | None = None  # a failed step's start: cut back to it before going on
     trimming_to: int | None = None  # the cut is on its way
-    breaks: int = 0  # plans in a row that broke before it had another token
+    breaks: int = 0  # plans in a row that broke while it had room, before it had another token
 
     def __post_init__(self) -> None:
         self.tokens = list(self.ask.prompt)
@@ -121,7 +121,7 @@ class SequenceState:
 
     def strand(self) -> None:
         """Its plan is gone, and all that stages had of it. It keeps its tokens."""
-        self.breaks += 1
+        self.breaks += self.promised > 0  # who only waited for room has broken nothing
         self.promised = self.sent = self.in_flight = self.pause_at = 0
         self.fresh = self.alone = False
         self.rewind_to = self.trimming_to = None

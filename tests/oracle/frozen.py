@@ -1,21 +1,28 @@
 """A stand-in for CUDA graphs on a processor: it records torch's operations once and computes them again, from the same
 tensors, without Python. Whatever Python put into them (a length, an address, a mask) is frozen, as it would be on a
-card; whoever asks a tensor for its value while it is recorded is refused, as there.
+card; whoever asks a tensor for its value while it is recorded is refused, as there. And engines that compute so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from node.engine import Engine
 from node.engines.torch.captured import Means
-from node.engines.torch.ragged import Ragged
+from node.engines.torch.engine import TorchEngine
+from node.engines.torch.ragged import Attend, Ragged
 from node.engines.torch.recording import Compute
 from node.engines.torch.scoring import Scoring
+from tests.oracle.conftest import TOLERANCE
+from tests.oracle.pipelines import load_pipeline, stage_specs
+from tests.oracle.reference import Reference, assert_same
 from tests.triton_stand_in import load_kernels
 
 _aten = torch.ops.aten
@@ -126,3 +133,23 @@ def attend(
 
 def frozen_means(recorder: FrozenRecorder | None = None, attend: Callable[..., torch.Tensor] = attend) -> Means:
     return Means(attend, recorder or FrozenRecorder())
+
+
+def pipeline(
+    folder: Path,
+    cuts: Sequence[int] = (),
+    recorder: FrozenRecorder | None = None,
+    attend: Attend = attend,
+    bits: int | None = None,
+) -> list[Engine]:
+    specs = stage_specs(folder, cuts, bits=bits)
+    return load_pipeline([lambda: TorchEngine(frozen_means(recorder, attend))] * len(specs), specs)
+
+
+def assert_equal(ids: Sequence[int], logits: np.ndarray, reference: Reference) -> None:
+    assert_same(ids, logits, reference, tolerance=TOLERANCE)
+
+
+def assert_all_equal(found: Sequence[tuple[list[int], np.ndarray]], expected: Sequence[Reference]) -> None:
+    for (ids, logits), answer in zip(found, expected, strict=True):
+        assert_equal(ids, logits, answer)

@@ -124,16 +124,28 @@ def test_what_breaks_one_plan_after_the_other_is_not_tried_for_ever(clock: Clock
     for patience in (BREAKS_MAX, 2):
         one.state.accept(5, clock())
         for _ in range(patience - 1):
+            one.state.begin(CONTEXT, clock())
             one.state.strand()
             parking = Parking(CONTEXT, GRACE_S, clock)
             parking.take([one])
             assert len(parking) == 1 and not heard
     while not heard:
+        one.state.begin(CONTEXT, clock())
         one.state.strand()
         parking = Parking(CONTEXT, GRACE_S, clock)
         parking.take([one])
     assert one.state.breaks == BREAKS_MAX
     assert isinstance(heard[0], SequenceFailed) and "plans in a row broke" in heard[0].reason
+
+
+def test_who_only_waited_for_room_has_broken_nothing(clock: Clock) -> None:
+    heard = list[Event]()
+    one = stranded(clock, [ask(1)], heard)[0]
+    for _ in range(BREAKS_MAX):
+        one.state.strand()
+        parking = Parking(CONTEXT, GRACE_S, clock)
+        parking.take([one])
+    assert len(parking) == 1 and not heard
 
 
 # -- Going on --------------------------------------------------------------------------------------------
